@@ -1,0 +1,1 @@
+"""Errors, files, ranks and logging: what every other package may stand on."""

@@ -1,0 +1,1 @@
+"""Captioned images, their order and transforms, and the latent cache."""

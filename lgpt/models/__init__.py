@@ -1,0 +1,1 @@
+"""The VQ-VAE, the transformer and the frozen text encoder."""

@@ -1,0 +1,42 @@
+"""Where captioned images come from and how they are cut."""
+
+from __future__ import annotations
+
+from typing import Literal, Optional
+
+from pydantic import Field
+
+from lgpt.settings.section import Section
+
+
+class ShapesSettings(Section):
+    """The drawn scenes of `data.dataset: shapes`."""
+
+    train_images: int = Field(20_000, ge=1, description="scenes drawn for training")
+    val_images: int = Field(512, ge=1, description="scenes drawn for validation")
+    two_object_fraction: float = Field(
+        0.3, ge=0, le=1, description="share of scenes with two objects instead of one"
+    )
+
+
+class DataSettings(Section):
+    """One schema for every dataset: image, captions, split, id."""
+
+    dataset: Literal["flickr30k", "shapes", "openmoji", "folder"] = "flickr30k"
+    source: Optional[str] = Field(
+        None,
+        description="flickr30k: hub name, save_to_disk folder or folder of parquet files "
+        "(default nlphuji/flickr30k); folder: your pictures; unused by shapes and openmoji",
+    )
+    resolution: int = Field(256, ge=8, description="side of the square training images, pixels")
+    crops: int = Field(1, ge=1, description="different crops of every training image in the cache")
+    crop_scale_min: float = Field(
+        1.0, gt=0, le=1, description="smallest crop side as a fraction of the image's shorter side"
+    )
+    flip: bool = Field(False, description="mirror every second crop left to right")
+    max_bad_images: int = Field(
+        100, ge=0, description="corrupt or missing images to skip before it is an error"
+    )
+    workers: int = Field(2, ge=0, description="threads that load and cut images, per rank")
+    seed: int = Field(0, ge=0, description="seed of drawn scenes and of crops")
+    shapes: ShapesSettings = ShapesSettings()

@@ -1,0 +1,101 @@
+"""The three phases as a union tagged by `phase`: each decides what is trained and how it is tracked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Optional, Union
+
+from pydantic import Field
+
+from lgpt.settings.data import DataSettings
+from lgpt.settings.section import Section
+from lgpt.settings.text import TextSettings
+from lgpt.settings.training import (
+    BatchSettings,
+    CheckpointSettings,
+    OptimizerSettings,
+    SamplingSettings,
+    ScheduleSettings,
+    TrackingSettings,
+    TrainingSettings,
+)
+from lgpt.settings.transformer import TransformerSettings
+from lgpt.settings.vqvae import VqvaeLossSettings, VqvaeSettings, VqvaeSourceSettings
+
+Trains = Literal["transformer", "vqvae"]
+
+
+class _PhaseBase(Section):
+    """What all phases share."""
+
+    trains: ClassVar[Trains]
+    experiment: ClassVar[str]
+    default_deepspeed: ClassVar[str]
+
+    name: str = Field(..., min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_folder: Path = Path("runs")
+    seed: int = Field(0, ge=0)
+    data: DataSettings = DataSettings()
+    batch: BatchSettings = BatchSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    training: TrainingSettings
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    deepspeed: Optional[str] = Field(
+        None, description="a name in ds_configs or a JSON file; default: the phase's own"
+    )
+
+    @property
+    def run_folder(self) -> Path:
+        """`<runs_folder>/<name>`: everything this run writes."""
+        return self.runs_folder / self.name
+
+    @property
+    def deepspeed_config(self) -> str:
+        """The name or file of the DeepSpeed config in force."""
+        return self.deepspeed or self.default_deepspeed
+
+
+class _TransformerPhase(_PhaseBase):
+    trains: ClassVar[Trains] = "transformer"
+
+    conditioning: Literal["text_conditional", "unconditional"] = "text_conditional"
+    vqvae: VqvaeSourceSettings = VqvaeSourceSettings()
+    text: TextSettings = TextSettings()
+    latent_cache: Optional[Path] = Field(
+        None, description="folder written by `lgpt prepare`; without it images are encoded on the fly"
+    )
+    transformer: TransformerSettings = TransformerSettings()
+    sampling: SamplingSettings = SamplingSettings()
+
+
+class Phase1(_TransformerPhase):
+    """A small transformer on a pretrained VQGAN, to validate the pipeline."""
+
+    experiment: ClassVar[str] = "latent-gpt-pretrained-vqvae"
+    default_deepspeed: ClassVar[str] = "zero2_bf16"
+    phase: Literal[1] = 1
+
+
+class Phase2(_PhaseBase):
+    """The VQ-VAE from scratch."""
+
+    trains: ClassVar[Trains] = "vqvae"
+    experiment: ClassVar[str] = "vqvae-training"
+    default_deepspeed: ClassVar[str] = "zero2_bf16"
+    phase: Literal[2] = 2
+    vqvae: VqvaeSettings = VqvaeSettings()
+    loss: VqvaeLossSettings = VqvaeLossSettings()
+
+
+class Phase3(_TransformerPhase):
+    """The large transformer on the VQ-VAE of phase 2."""
+
+    experiment: ClassVar[str] = "latent-gpt-custom-vqvae"
+    default_deepspeed: ClassVar[str] = "zero3_bf16"
+    phase: Literal[3] = 3
+
+
+TransformerRun = Union[Phase1, Phase3]
+RunSettings = Annotated[Union[Phase1, Phase2, Phase3], Field(discriminator="phase")]

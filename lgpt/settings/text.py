@@ -1,0 +1,22 @@
+"""The frozen text encoder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lgpt.settings.section import Section
+
+
+class TextSettings(Section):
+    """Which CLIP text tower reads the captions, and how its output is kept."""
+
+    encoder: str = Field(
+        "openai/clip-vit-base-patch32",
+        description="hub name or folder of a CLIP model, or 'random': a small frozen CLIP made "
+        "locally with a fixed seed from the captions' own words",
+    )
+    cache_dtype: Literal["float16", "bfloat16"] = Field(
+        "float16", description="type of the cached embeddings (CLIP's lie within +-40)"
+    )

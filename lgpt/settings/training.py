@@ -1,0 +1,77 @@
+"""Batch, optimizer, budget, checkpoints, tracking and sample grids of a run."""
+
+from __future__ import annotations
+
+from typing import Literal, Optional
+
+from pydantic import Field
+
+from lgpt.settings.section import Section
+
+
+class BatchSettings(Section):
+    """Images per optimizer step over all ranks, and per forward pass of one rank."""
+
+    global_batch_images: int = Field(256, ge=1)
+    micro_batch_images: int = Field(32, ge=1)
+
+
+class OptimizerSettings(Section):
+    """AdamW (Loshchilov & Hutter 2019); norms, biases and embeddings are not decayed."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    gradient_clipping: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
+
+
+class ScheduleSettings(Section):
+    """Linear warm-up, then decay to `final_ratio` of the learning rate at `training.max_steps`."""
+
+    warmup_steps: int = Field(1000, ge=0)
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class TrainingSettings(Section):
+    """The budget and its cadence; all intervals are optimizer steps, 0 = never."""
+
+    max_steps: int = Field(..., ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = Field(10, ge=1)
+    validate_every: int = Field(500, ge=0)
+    validation_images: int = Field(512, ge=1)
+    sample_every: int = Field(1000, ge=0, description="sample or reconstruction grids")
+
+
+class CheckpointSettings(Section):
+    """When DeepSpeed checkpoints are written; one more is always written at the end."""
+
+    every_steps: int = Field(500, ge=1)
+    keep_last: int = Field(2, ge=2, description="never under 2: the newest may be the damaged one")
+
+
+class TrackingSettings(Section):
+    """Where MLflow listens. metrics.jsonl in the run folder is written whatever this says."""
+
+    enabled: bool = True
+    uri: Optional[str] = Field(
+        None,
+        description="default: the MLFLOW_TRACKING_URI variable, else sqlite file <runs_folder>/mlflow.db",
+    )
+    experiment: Optional[str] = Field(None, description="default: the phase's own experiment")
+
+
+class SamplingSettings(Section):
+    """How pictures are drawn, in sample grids and as the model folder's default."""
+
+    guidance: float = Field(4.0, ge=0, description="classifier-free guidance scale; 1 = off")
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0, description="0 = all codes")
+    top_p: float = Field(1.0, gt=0, le=1)
+    prompts: tuple[str, ...] = Field(
+        (), description="prompts of the sample grid; default: the first validation captions"
+    )
+    images: int = Field(16, ge=1, description="pictures in a sample grid")

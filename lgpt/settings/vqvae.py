@@ -1,0 +1,65 @@
+"""The VQ-VAE: its architecture (phase 2) or where a trained one lies (phases 1 and 3)."""
+
+from __future__ import annotations
+
+from typing import Literal, Optional
+
+from pydantic import Field
+
+from lgpt.settings.section import Section
+
+
+class VqvaeSettings(Section):
+    """Architecture in the taming-transformers grammar (`ddconfig` and `params`), plus the quantizer."""
+
+    codebook_size: int = Field(16384, ge=2)
+    code_dim: int = Field(256, ge=2, description="width of a code vector (taming: embed_dim)")
+    l2_normalized_codes: bool = Field(
+        False, description="unit-length codes and latents (LlamaGen: code_dim 8)"
+    )
+    codebook_update: Literal["gradient", "ema"] = Field(
+        "gradient",
+        description="how codes learn: by the codebook loss, or as moving averages of their latents",
+    )
+    ema_decay: float = Field(0.99, gt=0, lt=1, description="only with codebook_update: ema")
+    revive_dead_codes: bool = Field(
+        True,
+        description="only with codebook_update: ema; a code that is hardly used restarts at a "
+        "random latent of the batch",
+    )
+    z_channels: int = Field(256, ge=1)
+    ch: int = Field(128, ge=32, multiple_of=32, description="base width; GroupNorm has 32 groups")
+    ch_mult: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)
+    num_res_blocks: int = Field(2, ge=1)
+    attn_resolutions: tuple[int, ...] = (16,)
+    resolution: int = Field(256, ge=8, description="nominal side that attn_resolutions refers to")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels a side of one token: f = 2^(levels - 1)."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+
+class VqvaeLossSettings(Section):
+    """What phase 2 minimises."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    codebook_weight: float = Field(1.0, ge=0)
+    commitment_weight: float = Field(0.25, ge=0, description="beta, on the encoder's side")
+
+
+class VqvaeSourceSettings(Section):
+    """A trained VQ-VAE, and who made it."""
+
+    source: Literal["pretrained_hf", "pretrained_taming", "custom"] = "pretrained_hf"
+    checkpoint: str = Field(
+        "dalle-mini/vqgan_imagenet_f16_16384",
+        description="hub name, folder or file; for custom a model folder or a phase 2 run folder",
+    )
+    ddconfig: Optional[str] = Field(
+        None, description="the model.yaml of a taming .ckpt, when it does not lie beside it"
+    )
+    input_range: Literal["-1..1", "0..1"] = Field(
+        "-1..1", description="0..1 only to match token dumps made by dalle-mini's notebooks"
+    )
