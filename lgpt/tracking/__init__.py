@@ -1,1 +1,1 @@
-"""The one door to MLflow."""
+"""The one door to MLflow: metrics go to metrics.jsonl first, a thread sends them on."""
