@@ -1,0 +1,282 @@
+"""Vector quantization: the nearest code, and how codes learn.
+
+Shapes: B batch, h w latent grid, D code width, K codes, N = B*h*w latent vectors.
+Key grammar of taming-transformers: the codebook is `embedding.weight` [K, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+# Distances are built for so many pairs at a time (2^25 float32 = 128 MiB).
+_MAX_DISTANCES = 1 << 25
+# A code with less than this share of the average use restarts at a latent of the batch.
+_DEAD_BELOW_SHARE = 0.1
+# Below this moving count the mean sum / count is no longer trusted and the code stays where it is.
+_LEAST_COUNT = 1e-6
+
+
+class Quantized(NamedTuple):
+    """What the quantizer makes of a latent map.
+
+    Attributes:
+        latents: Codes in place of the latents; the gradient goes straight through to the latents.
+        tokens: Code indices, row-major over the latent grid.
+        codebook_loss: Mean squared distance that moves codes to latents (0 for moving averages).
+        commitment_loss: The same distance moving latents to codes, without its weight beta.
+    """
+
+    latents: Float[Tensor, "batch dim h w"]
+    tokens: Int[Tensor, "batch h w"]
+    codebook_loss: Float[Tensor, ""]
+    commitment_loss: Float[Tensor, ""]
+
+
+@torch.no_grad()
+def nearest_codes(
+    z: Float[Tensor, "batch dim h w"], codebook: Float[Tensor, "codes dim"]
+) -> Int[Tensor, "batch h w"]:
+    """Index of the closest code for every latent vector.
+
+    Squared Euclidean distance as |e|^2 - 2 z.e (|z|^2 is the same for every code), so no
+    (batch*h*w, codes, dim) tensor is built; in float32 even under bf16, because the subtraction
+    cancels. Source: van den Oord et al. 2017, eq. 1, https://arxiv.org/abs/1711.00937.
+
+    Args:
+        z: Encoder output, before the straight-through step.
+        codebook: Code vectors, one per row.
+
+    Returns:
+        Code indices, row-major over the latent grid.
+    """
+    batch, dim, height, width = z.shape
+    z_ND = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
+    return _nearest_rows(z_ND, codebook.float()).view(batch, height, width)
+
+
+def _nearest_rows(z_ND: Tensor, codebook_KD: Tensor) -> Tensor:
+    with torch.autocast(device_type=z_ND.device.type, enabled=False):
+        squared_K = codebook_KD.square().sum(dim=1)
+        rows = max(1, _MAX_DISTANCES // codebook_KD.shape[0])
+        parts = [
+            torch.addmm(squared_K, part, codebook_KD.t(), alpha=-2.0).argmin(dim=1)
+            for part in z_ND.split(rows)
+        ]
+    return torch.cat(parts)
+
+
+class Codebook(nn.Module):
+    """The code vectors, searched and read inside one forward so that ZeRO-3 gathers them once.
+
+    Args:
+        num_codes: K.
+        dim: D.
+        is_learned: A parameter, moved by gradients; otherwise a float32 buffer.
+        is_normalized: Codes are used at unit length (the stored rows need not have it).
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_codes: int, dim: int, *, is_learned: bool, is_normalized: bool) -> None:
+        super().__init__()
+        self.is_normalized = is_normalized
+        weight = torch.empty(num_codes, dim).uniform_(-1.0 / num_codes, 1.0 / num_codes)
+        if is_normalized:
+            weight = F.normalize(weight, dim=1)
+        if is_learned:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def forward(
+        self, z_ND: Float[Tensor, "n dim"] | None = None, tokens: Int[Tensor, "n"] | None = None
+    ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
+        """Tokens of the latents (or the given tokens) and their codes in float32."""
+        if tokens is None:
+            assert z_ND is not None
+            with torch.no_grad():
+                rows = self.weight.float()
+                tokens = _nearest_rows(
+                    z_ND, F.normalize(rows, dim=1) if self.is_normalized else rows
+                )
+        codes_ND = F.embedding(tokens, self.weight).float()
+        return tokens, F.normalize(codes_ND, dim=1) if self.is_normalized else codes_ND
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return _apply_keeping_float32_buffers(self, fn, recurse)
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantization with a straight-through gradient.
+
+    With `update="gradient"` the codebook is a parameter and learns from `codebook_loss`. With
+    `update="ema"` it is a buffer: each code is the moving average of the latents it stands for,
+    over all ranks (van den Oord et al. 2017, appendix A.1). The first training batch lays the codes
+    onto its own latents, and a code that is hardly used restarts at a random latent, so that none
+    is dead from the start (RQ-VAE's `restart_unused_codes`).
+
+    Args:
+        num_codes: Codebook size K.
+        dim: Width D of a code.
+        is_normalized: Latents and codes are scaled to unit length before the search, and the
+            normalized code goes to the decoder (LlamaGen, with D = 8).
+        update: "gradient" or "ema".
+        ema_decay: Decay of the moving averages (only "ema").
+        revive_dead_codes: Restart hardly used codes (only "ema").
+    """
+
+    ema_count: Tensor
+    ema_sum: Tensor
+    is_initialized: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        *,
+        is_normalized: bool = False,
+        update: str = "gradient",
+        ema_decay: float = 0.99,
+        revive_dead_codes: bool = True,
+    ) -> None:
+        super().__init__()
+        assert update in ("gradient", "ema"), update
+        self.num_codes = num_codes
+        self.is_normalized = is_normalized
+        self.uses_moving_averages = update == "ema"
+        self.ema_decay = ema_decay
+        self.revive_dead_codes = revive_dead_codes
+        self.embedding = Codebook(
+            num_codes, dim, is_learned=update == "gradient", is_normalized=is_normalized
+        )
+        if self.uses_moving_averages:
+            self.register_buffer("ema_count", torch.zeros(num_codes))
+            self.register_buffer("ema_sum", torch.zeros(num_codes, dim))
+            self.register_buffer("is_initialized", torch.zeros((), dtype=torch.uint8))
+
+    def forward(self, z: Float[Tensor, "batch dim h w"]) -> Quantized:
+        """Quantize a latent map; in training mode with "ema" also move the codes.
+
+        Args:
+            z: Latents, any floating type; distances and losses are float32.
+        """
+        batch, dim, height, width = z.shape
+        with torch.autocast(device_type=z.device.type, enabled=False):
+            z_ND = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
+            if self.is_normalized:
+                z_ND = F.normalize(z_ND, dim=1)
+            is_updating = self.uses_moving_averages and self.training
+            if is_updating and not bool(self.is_initialized):
+                self._lay_codes_onto(z_ND.detach())
+            tokens, codes_ND = self.embedding(z_ND)
+            commitment_loss = F.mse_loss(z_ND, codes_ND.detach())
+            if self.uses_moving_averages:
+                codebook_loss = torch.zeros_like(commitment_loss)
+            else:
+                codebook_loss = F.mse_loss(codes_ND, z_ND.detach())
+            latents_ND = z_ND + (codes_ND - z_ND).detach()
+            if is_updating:
+                self._follow(z_ND.detach(), tokens)
+        latents = latents_ND.view(batch, height, width, dim).permute(0, 3, 1, 2)
+        return Quantized(
+            latents.to(z.dtype).contiguous(),
+            tokens.view(batch, height, width),
+            codebook_loss,
+            commitment_loss,
+        )
+
+    @torch.no_grad()
+    def tokens_of(self, z: Float[Tensor, "batch dim h w"]) -> Int[Tensor, "batch h w"]:
+        """The tokens alone; never moves the codes."""
+        batch, dim, height, width = z.shape
+        z_ND = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
+        if self.is_normalized:
+            z_ND = F.normalize(z_ND, dim=1)
+        return self.embedding(z_ND)[0].view(batch, height, width)
+
+    def lookup(self, tokens: Int[Tensor, "batch h w"]) -> Float[Tensor, "batch dim h w"]:
+        """The codes of tokens in float32, as the decoder expects them."""
+        batch, height, width = tokens.shape
+        codes_ND = self.embedding(tokens=tokens.reshape(-1))[1]
+        return codes_ND.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+    @torch.no_grad()
+    def _lay_codes_onto(self, z_ND: Tensor) -> None:
+        rows_KD = _rows_of_first_rank(z_ND, self.num_codes)
+        fair_share = z_ND.shape[0] * _world_size() / self.num_codes
+        self.embedding.weight.copy_(F.normalize(rows_KD, dim=1) if self.is_normalized else rows_KD)
+        self.ema_count.fill_(fair_share)
+        self.ema_sum.copy_(self.embedding.weight * fair_share)
+        self.is_initialized.fill_(1)
+
+    @torch.no_grad()
+    def _follow(self, z_ND: Tensor, tokens_N: Tensor) -> None:
+        dim = z_ND.shape[1]
+        batch_sums = z_ND.new_zeros(self.num_codes, dim + 1)  # the last column counts
+        batch_sums.index_add_(0, tokens_N, torch.cat([z_ND, z_ND.new_ones(len(z_ND), 1)], dim=1))
+        if _world_size() > 1:
+            dist.all_reduce(batch_sums)
+        self.ema_sum.lerp_(batch_sums[:, :dim], 1.0 - self.ema_decay)
+        self.ema_count.lerp_(batch_sums[:, dim], 1.0 - self.ema_decay)
+        if self.revive_dead_codes:
+            self._revive(z_ND)
+        mean_KD = self.ema_sum / self.ema_count.clamp_min(_LEAST_COUNT).unsqueeze(1)
+        if self.is_normalized:
+            mean_KD = F.normalize(mean_KD, dim=1)
+        is_trusted = (self.ema_count > _LEAST_COUNT).unsqueeze(1)
+        self.embedding.weight.copy_(torch.where(is_trusted, mean_KD, self.embedding.weight))
+
+    def _revive(self, z_ND: Tensor) -> None:
+        fair_share = float(self.ema_count.sum()) / self.num_codes
+        # The same on every rank: the counts were summed over all ranks.
+        dead = (self.ema_count < _DEAD_BELOW_SHARE * fair_share).nonzero().squeeze(1)
+        if len(dead) == 0:
+            return
+        # Count and sum restart too, or the next average would pull the code back (espnet PR 6284).
+        self.ema_count[dead] = fair_share
+        self.ema_sum[dead] = _rows_of_first_rank(z_ND, len(dead)) * fair_share
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return _apply_keeping_float32_buffers(self, fn, recurse)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rows_of_first_rank(z_ND: Tensor, count: int) -> Tensor:
+    """Random latents of rank 0, the same on every rank; with slight noise if they must repeat."""
+    available = z_ND.shape[0]
+    picks = torch.randperm(available, device=z_ND.device)[:count]
+    rows = z_ND[picks]
+    if available < count:
+        repeats = torch.randint(available, (count - available,), device=z_ND.device)
+        noise = torch.randn(count - available, z_ND.shape[1], device=z_ND.device)
+        rows = torch.cat([rows, z_ND[repeats] + 0.01 * z_ND.std() * noise])
+    if _world_size() > 1:
+        dist.broadcast(rows, src=0)
+    return rows
+
+
+def _apply_keeping_float32_buffers(
+    module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool
+) -> nn.Module:
+    """`nn.Module._apply` that moves float32 buffers between devices but never rounds them.
+
+    DeepSpeed before 0.19 calls `module.bfloat16()` on the whole model: moving averages with a decay
+    of 0.99 then stand still, because bf16 has 8 bits.
+    """
+    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    nn.Module._apply(module, fn, recurse)
+    for name, buffer in before.items():
+        after = module._buffers[name]
+        if buffer.dtype == torch.float32 and after is not None and after.dtype != torch.float32:
+            module._buffers[name] = buffer.to(device=after.device)
+    return module
