@@ -1,0 +1,85 @@
+"""A DeepSpeed engine around a model, and the few questions the loop asks of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lgpt.engine.start import load_deepspeed
+from lgpt.settings.training import OptimizerSettings
+
+_NOT_DECAYED_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices and kernels decayed; norms, biases, embeddings and vectors not.
+
+    Only trainable parameters; each parameter is in exactly one group, in the model's own order.
+    """
+    spared = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _NOT_DECAYED_MODULES)
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed, not_decayed = [], []
+    for parameter in _trainable(model):
+        target = not_decayed if parameter.ndim < 2 or id(parameter) in spared else decayed
+        target.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": not_decayed, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _trainable(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict[str, Any]) -> Any:
+    """Wrap a model in a DeepSpeed engine with AdamW in two groups.
+
+    Args:
+        model: In float32, the same weights on every rank.
+        optimizer: AdamW's numbers; the loop sets the learning rate at every step.
+        ds_config: Resolved, without "auto" (settings/deepspeed.py). Copied: DeepSpeed keeps what it
+            is handed.
+
+    Returns:
+        The DeepSpeedEngine. `engine(...)`, `engine.backward(loss)`, `engine.step()`.
+    """
+    deepspeed = load_deepspeed()
+    groups = parameter_groups(model, optimizer.weight_decay)
+    adamw = torch.optim.AdamW(
+        groups,
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        fused=torch.cuda.is_available(),
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=adamw, config=copy.deepcopy(ds_config), dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """The same rate in every group, before the step that uses it."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global norm of the last step's gradient before clipping; NaN when DeepSpeed kept none."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
+def parameter_dtype(engine: Any) -> torch.dtype:
+    """What floating-point inputs must be cast to."""
+    return next(engine.module.parameters()).dtype

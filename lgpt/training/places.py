@@ -1,0 +1,38 @@
+"""Which places of the training or validation sequence a rank works on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def micro_batches_of(
+    step: int, *, global_batch: int, micro_batch: int, rank: int, world: int
+) -> list[np.ndarray]:
+    """The places of one rank's micro batches in optimizer step `step`.
+
+    Step s reads the places [s x global, (s+1) x global) whatever the number of ranks, so the images
+    of a step stay the same when it changes. `global_batch` is a multiple of `micro_batch x world`.
+    """
+    start = step * global_batch
+    stride = micro_batch * world
+    return [
+        np.arange(first + rank * micro_batch, first + (rank + 1) * micro_batch)
+        for first in range(start, start + global_batch, stride)
+    ]
+
+
+def validation_batches_of(
+    num_items: int, *, wanted: int, micro_batch: int, rank: int, world: int
+) -> list[np.ndarray]:
+    """Equal numbers of equal batches for every rank, from the first `wanted` items.
+
+    What does not fill a batch on every rank is left out (collectives must match); with fewer items
+    than ranks, items are used more than once.
+    """
+    count = min(wanted, num_items)
+    size = max(1, min(micro_batch, count // world))
+    rounds = max(1, count // (size * world))
+    return [
+        np.arange((r * world + rank) * size, (r * world + rank + 1) * size) % num_items
+        for r in range(rounds)
+    ]

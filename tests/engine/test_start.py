@@ -1,0 +1,55 @@
+"""bf16 with float32 products against double precision and torch's own bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as functional
+
+from lgpt.engine.start import Float32Products
+
+
+@pytest.mark.parametrize(
+    ("product", "shapes"),
+    [
+        (lambda a, b: functional.linear(a, b), [(5, 64), (7, 64)]),
+        (lambda a, b: a @ b, [(5, 64), (64, 7)]),
+        (lambda a, b: torch.bmm(a, b), [(2, 5, 64), (2, 64, 7)]),
+        (lambda a, b: functional.conv2d(a, b), [(1, 8, 5, 5), (4, 8, 3, 3)]),
+    ],
+)
+def test_products_round_once_as_bf16_hardware_does(product, shapes):
+    torch.manual_seed(0)
+    a, b = (torch.randn(shape).bfloat16().requires_grad_() for shape in shapes)
+    exact = product(a.double(), b.double())
+    with Float32Products():
+        got = product(a, b)
+        got.float().sum().backward()
+    assert got.dtype == torch.bfloat16
+    # Half a unit in the last place of bf16 (8 bits), and float32's own rounding.
+    assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+    a64, b64 = (t.detach().double().requires_grad_() for t in (a, b))
+    product(a64, b64).sum().backward()
+    for mine, reference in ((a, a64), (b, b64)):
+        assert mine.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=2**-7, atol=1e-3)
+
+
+def test_attention_with_a_mask_and_float32_products_is_plain_attention():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 6, 16).bfloat16() for _ in range(3))
+    mask = torch.rand(2, 1, 6, 6) > 0.3
+    mask[..., 0] = True
+    expected = functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=mask
+    )
+    with Float32Products():
+        got = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=1e-2)
+
+
+def test_other_types_pass_untouched():
+    a = torch.randn(4, 8, dtype=torch.float64)
+    with Float32Products():
+        assert (a @ a.T).dtype == torch.float64

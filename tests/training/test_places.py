@@ -1,0 +1,36 @@
+"""Places of the sample order: every image of a step once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lgpt.training.places import micro_batches_of, validation_batches_of
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_ranks_and_micro_batches_cover_a_step_exactly_once(world: int, micro: int):
+    places = [
+        place
+        for rank in range(world)
+        for batch in micro_batches_of(
+            3, global_batch=16, micro_batch=micro, rank=rank, world=world
+        )
+        for place in batch
+    ]
+    assert sorted(places) == list(range(48, 64))
+
+
+@pytest.mark.parametrize(("items", "world"), [(100, 1), (100, 3), (5, 2), (1, 4), (7, 2)])
+def test_validation_gives_every_rank_the_same_shapes(items: int, world: int):
+    per_rank = [
+        validation_batches_of(items, wanted=64, micro_batch=8, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    shapes = {tuple(len(batch) for batch in batches) for batches in per_rank}
+    assert len(shapes) == 1
+    used = np.concatenate([batch for batches in per_rank for batch in batches])
+    assert used.max() < items
+    if items >= world:
+        assert len(set(used.tolist())) == len(used)
