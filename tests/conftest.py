@@ -1,0 +1,34 @@
+"""What holds for every test: CPU and offline, one thread a process, GPU tests only with a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch and DeepSpeed are imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+for _name in [n for n in os.environ if n.startswith(("LGPT_", "MLFLOW_"))]:
+    # A user's own settings must not decide what tests see; LGPT_REQUIRE_... speaks to the tests.
+    if not _name.startswith("LGPT_REQUIRE_"):
+        del os.environ[_name]
+# MLflow 3.17 otherwise starts eight more processes and a telemetry thread.
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+def _cuda_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on machines without one."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if gpu_items and not _cuda_is_there():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
