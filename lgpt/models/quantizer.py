@@ -7,7 +7,7 @@ Key grammar of taming-transformers: the codebook is `embedding.weight` [K, D].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -96,8 +96,10 @@ class Codebook(nn.Module):
             self.register_buffer("weight", weight)
 
     def forward(
-        self, z_ND: Float[Tensor, "n dim"] | None = None, tokens: Int[Tensor, "n"] | None = None
-    ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n dim"]]:
+        self,
+        z_ND: Optional[Float[Tensor, "n dim"]] = None,
+        tokens: Optional[Int[Tensor, " n"]] = None,
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n dim"]]:
         """Tokens of the latents (or the given tokens) and their codes in float32."""
         if tokens is None:
             assert z_ND is not None

@@ -1,20 +1,18 @@
 """The VQ-VAE in the architecture and key grammar of taming-transformers' VQGAN.
 
-One class for every source: trained here, a taming `.ckpt`, or the Flax port of it. Keys, paddings
-and the place of attention follow `taming/modules/diffusionmodules/model.py` (CompVis 3ba01b24).
+One class for every source: trained here, a taming `.ckpt`, or the Flax port of it. The
+networks are in `vqvae_blocks.py`.
 Shapes: B batch, C channels, H W pixels, h w latent grid = H/f W/f.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Union
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,61 +20,10 @@ from torch import Tensor, nn
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import write_json_atomically
 from lgpt.models.quantizer import VectorQuantizer
-from lgpt.settings.vqvae import VqvaeSettings
+from lgpt.models.vqvae_blocks import Decoder, Encoder
+from lgpt.models.vqvae_config import VQVAEConfig
 
 _TRAINING_ONLY = ("codebook_update", "ema_decay", "revive_dead_codes", "dropout")
-
-
-@dataclasses.dataclass(frozen=True)
-class VQVAEConfig:
-    """The architecture; names as in `VqvaeSettings`.
-
-    Attributes:
-        input_range: Range of the pictures the weights expect; callers always use [-1, 1].
-    """
-
-    codebook_size: int
-    code_dim: int
-    z_channels: int = 256
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] = (16,)
-    resolution: int = 256
-    dropout: float = 0.0
-    l2_normalized_codes: bool = False
-    codebook_update: str = "gradient"
-    ema_decay: float = 0.99
-    revive_dead_codes: bool = True
-    input_range: str = "-1..1"
-
-    @classmethod
-    def from_settings(cls, settings: VqvaeSettings) -> VQVAEConfig:
-        """The architecture that a run config describes."""
-        return cls(**settings.model_dump())
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> VQVAEConfig:
-        """Back from `to_dict`; CheckpointError for unknown or missing fields."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise CheckpointError(
-                f"VQ-VAE config has unknown fields {unknown}; known are {sorted(known)}."
-            )
-        if missing := sorted({"codebook_size", "code_dim"} - set(values)):
-            raise CheckpointError(f"VQ-VAE config lacks {missing}.")
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**tuples)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        values = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels a side of one token: f = 2^(levels - 1)."""
-        return int(2 ** (len(self.ch_mult) - 1))
 
 
 class VQVAEOutput(NamedTuple):
@@ -187,7 +134,7 @@ class VQVAE(nn.Module):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write `config.json` and `model.safetensors`; moving averages are kept."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -200,7 +147,7 @@ class VQVAE(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> VQVAE:
+    def from_pretrained(cls, folder: Union[str, Path]) -> VQVAE:
         """Read a folder written by `save_pretrained`, in eval mode on the CPU.
 
         Raises:
@@ -248,184 +195,3 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
         )
         raise CheckpointError(f"{source} does not fit its config: {shown}.")
     model.load_state_dict(state, strict=True)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    # torch's default eps 1e-5 moves the reference latents by 1.3.
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResnetBlock(nn.Module):
-    """x + conv(drop(swish(norm(conv(swish(norm x)))))), with a 1x1 shortcut if channels change."""
-
-    def __init__(self, channels_in: int, channels_out: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = _group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = _group_norm(channels_out)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + hidden
-
-
-class AttnBlock(nn.Module):
-    """Single-head self-attention over all latent positions, with a residual."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _group_norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        normed = self.norm(x)
-        q, k, v = (
-            conv(normed).view(batch, 1, channels, height * width).transpose(2, 3)
-            for conv in (self.q, self.k, self.v)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(attended.transpose(2, 3).reshape(batch, channels, height, width))
-
-
-class Downsample(nn.Module):
-    """Half the size: a zero column right and row below, then a 3x3 convolution with stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Twice the size by nearest neighbours, then a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels: int, dropout: float) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where the level has it."""
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        num_blocks: int,
-        has_attention: bool,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        widths = [channels_in] + [channels_out] * num_blocks
-        self.block = nn.ModuleList(
-            ResnetBlock(widths[i], channels_out, dropout) for i in range(num_blocks)
-        )
-        self.attn = nn.ModuleList(
-            AttnBlock(channels_out) for _ in range(num_blocks if has_attention else 0)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[index](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
-        return x
-
-
-def _has_attention(config: VQVAEConfig, level: int) -> bool:
-    # By the nominal resolution of the config, whatever the size of the pictures.
-    return config.resolution // 2**level in config.attn_resolutions
-
-
-class Encoder(nn.Module):
-    """Pictures [B, 3, H, W] to latents [B, z_channels, H/f, W/f]."""
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        channels = config.ch
-        for level, multiplier in enumerate(config.ch_mult):
-            width = config.ch * multiplier
-            stage = Level(
-                channels,
-                width,
-                config.num_res_blocks,
-                _has_attention(config, level),
-                config.dropout,
-            )
-            if level < len(config.ch_mult) - 1:
-                stage.downsample = Downsample(width)
-            self.down.append(stage)
-            channels = width
-        self.mid = Middle(channels, config.dropout)
-        self.norm_out = _group_norm(channels)
-        self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = self.conv_in(images)
-        for stage in self.down:
-            hidden = stage(hidden)
-        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
-
-
-class Decoder(nn.Module):
-    """Latents to pictures; `up[i]` is resolution level i, run from the lowest resolution to 0."""
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        super().__init__()
-        channels = config.ch * config.ch_mult[-1]
-        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = Middle(channels, config.dropout)
-        stages = []
-        for level in reversed(range(len(config.ch_mult))):
-            width = config.ch * config.ch_mult[level]
-            num_blocks = config.num_res_blocks + 1
-            stage = Level(
-                channels, width, num_blocks, _has_attention(config, level), config.dropout
-            )
-            if level > 0:
-                stage.upsample = Upsample(width)
-            stages.insert(0, stage)
-            channels = width
-        self.up = nn.ModuleList(stages)
-        self.norm_out = _group_norm(channels)
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        hidden = self.mid(self.conv_in(latents))
-        for stage in reversed(self.up):
-            hidden = stage(hidden)
-        return self.conv_out(F.silu(self.norm_out(hidden)))
