@@ -1,0 +1,344 @@
+"""Crash-consistent checkpoints around DeepSpeed's own save.
+
+    <run>/checkpoints/step_<n>/     complete, or not there
+        <engine>/                   DeepSpeed's files of one engine (its tag)
+        rng/rank_<r>.pt             generators of every rank (tensors only)
+        trainer_state.json          the loop's own state
+        config.yaml, ...            the run config and its companions
+        manifest.json               size and sha256 of each file; written last
+    <run>/checkpoints/latest        `step_<n>` of the newest
+
+DeepSpeed alone writes to the final names, does not sync, and points `latest` at a step before all
+ranks have written theirs (0.19.8). Here everything is staged, synced, digested and agreed on by all
+ranks before one rename makes it a checkpoint.
+
+DeepSpeed unpickles its own files when it loads them (`weights_only=False`): resume only from run
+folders that you trust. Conversion (convert.py) does not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lgpt.checkpoint.manifest import (
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    list_files,
+    problems_of_files,
+    read_manifest,
+    record_files,
+)
+from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
+from lgpt.core.distributed import barrier, is_rank_zero, rank, world_size
+from lgpt.core.errors import CheckpointError
+from lgpt.core.files import sync_folder, write_json_atomically, write_text_atomically
+from lgpt.core.logging import get_logger
+from lgpt.engine.ranks import broadcast_from_rank_zero, gather_to_rank_zero
+
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+_TRAINER_STATE = "trainer_state.json"
+
+_log = get_logger(__name__)
+
+
+def save_checkpoint(
+    engines: Mapping[str, Any],
+    run_folder: Path,
+    step: int,
+    *,
+    trainer_state: Mapping[str, Any],
+    keep_last: int,
+    extra_files: Mapping[str, str],
+) -> Path:
+    """Save all engines and every rank's generators. All ranks call it.
+
+    Args:
+        engines: DeepSpeed engines by name; the name becomes the folder.
+        step: Optimizer steps done; names the checkpoint.
+        trainer_state: JSON values, the same on all ranks.
+        keep_last: Whole checkpoints that stay, this one included.
+        extra_files: Text files to keep with it, by name.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: On every rank, when any rank could not write; the older ones are untouched.
+    """
+    checkpoints = run_folder / "checkpoints"
+    staging, final = checkpoints / f".staging_step_{step}", checkpoints / f"step_{step}"
+    try:
+        _stage(engines, staging, trainer_state, extra_files)
+        _complete(engines, staging, final, step)
+    except CheckpointError:
+        if is_rank_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if is_rank_zero():
+        _prune(checkpoints, keep_last)
+        _log.info("Checkpoint %s saved", final)
+    barrier()
+    return final
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there in full size; others are told and skipped.
+
+    Call it on one rank and broadcast the answer: a network file system may show ranks different
+    things.
+    """
+    for folder in _step_folders(run_folder / "checkpoints"):
+        problems = verify(folder, deep=False)
+        if not problems:
+            return folder
+        _log.warning("Checkpoint %s is skipped: %s", folder, "; ".join(problems[:3]))
+    return None
+
+
+def verify(folder: Path, deep: bool) -> list[str]:
+    """What is wrong with a checkpoint folder; empty when it is whole.
+
+    Args:
+        deep: Also read every byte and compare digests, not only sizes.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    return problems_of_files(folder, manifest.files, deep)
+
+
+def load_checkpoint(engines: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Put engines and this rank's generators where they were at the save. All ranks call it.
+
+    Every byte is compared with its digest first, each rank reading its share. DeepSpeed also
+    restores what it saved of the optimizer's settings (ZeRO-1 and 2: gradient clipping and weight
+    decay, ZeRO-3: weight decay), whatever the new config says.
+
+    Returns:
+        The `trainer_state` of the save.
+
+    Raises:
+        CheckpointError: On every rank: it is damaged, or was saved by other engines, another number
+            of ranks, another ZeRO stage or precision.
+    """
+    folder = broadcast_from_rank_zero(folder)
+    found: list[Manifest] = []
+    _on_all_ranks(lambda: found.append(read_manifest(folder)), f"load {folder}")
+    manifest = found[0]
+    _refuse_other_shape(engines, manifest, folder)
+    names = sorted(manifest.files)[rank() :: world_size()]
+    my_files = {name: manifest.files[name] for name in names}
+    problems = problems_of_files(folder, my_files, deep=True)
+    _raise_if_any(
+        problems,
+        f"{folder} is damaged; move it away, then the same command goes on from the one before it",
+    )
+    for name, engine in engines.items():
+        _load_engine(engine, folder, name)
+    restore_rng_state(torch.load(_rng_file(folder), weights_only=True))
+    state: dict[str, Any] = json.loads((folder / _TRAINER_STATE).read_text())
+    return state
+
+
+def _stage(
+    engines: Mapping[str, Any],
+    staging: Path,
+    trainer_state: Mapping[str, Any],
+    extra_files: Mapping[str, str],
+) -> None:
+    """Write everything but the manifest into the staging folder."""
+
+    def prepare() -> None:
+        if is_rank_zero():
+            _sweep(staging.parent)
+            (staging / "rng").mkdir(parents=True)
+            write_json_atomically(staging / _TRAINER_STATE, dict(trainer_state))
+            for name, text in extra_files.items():
+                write_text_atomically(staging / name, text)
+
+    _on_all_ranks(prepare, f"prepare {staging}")
+    _on_all_ranks(lambda: torch.save(capture_rng_state(), _rng_file(staging)), f"write {staging}")
+    for name, engine in engines.items():
+        save = partial(_save_engine, engine, staging, name)
+        _on_all_ranks(save, f"write {staging}")
+
+
+def _complete(engines: Mapping[str, Any], staging: Path, final: Path, step: int) -> None:
+    """Sync and digest what was staged, every rank its share; write the manifest and publish."""
+    names: list[str] = []
+    records: dict[str, FileRecord] = {}
+
+    def list_names() -> None:
+        if is_rank_zero():
+            names.extend(list_files(staging))
+
+    def record() -> None:
+        records.update(record_files(staging, my_names))
+
+    def publish() -> None:
+        if is_rank_zero():
+            files = {name: each for part in parts for name, each in part.items()}
+            manifest = Manifest(step, world_size(), _describe(engines), files, _versions())
+            manifest.write(staging)
+            _publish(staging, final)
+
+    _on_all_ranks(list_names, f"list {staging}")
+    my_names = broadcast_from_rank_zero(names)[rank() :: world_size()]
+    _on_all_ranks(record, f"read back {staging}")
+    parts = gather_to_rank_zero(records)
+    _on_all_ranks(publish, f"complete {final}")
+
+
+def _save_engine(engine: Any, staging: Path, name: str) -> None:
+    """DeepSpeed's save; a rank that could not write still meets the others in its collectives."""
+    try:
+        engine.save_checkpoint(str(staging), tag=name, save_latest=False)
+    except (OSError, RuntimeError):
+        # Between its writes and its end DeepSpeed (0.19.8) has the stage 3 re-gathering and a
+        # barrier, in which the ranks that could write are waiting.
+        if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
+            engine.optimizer.checkpoint_event_epilogue()
+        barrier()
+        raise
+    if is_rank_zero():
+        for script in staging.glob("zero_to_*.py"):
+            script.unlink()  # DeepSpeed's converter, in every checkpoint; ours is `lgpt convert`
+
+
+def _load_engine(engine: Any, folder: Path, name: str) -> None:
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=name)
+    except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{folder / name} does not fit the model or optimizer of this run config: "
+            f"{str(error)[:500]}. Train with the config.yaml that lies in that folder, or start a "
+            "new run under another name=."
+        ) from error
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed found nothing to load in {folder / name}.")
+
+
+def _describe(engines: Mapping[str, Any]) -> dict[str, EngineRecord]:
+    return {
+        name: EngineRecord(
+            engine.zero_optimization_stage(), "bf16" if engine.bfloat16_enabled() else "fp32"
+        )
+        for name, engine in engines.items()
+    }
+
+
+def _refuse_other_shape(engines: Mapping[str, Any], manifest: Manifest, folder: Path) -> None:
+    """What DeepSpeed (0.19.8) refuses unclearly, or loads without the optimizer in silence."""
+    if manifest.world_size != world_size():
+        raise CheckpointError(
+            f"{folder} was saved by {manifest.world_size} ranks, this run has {world_size()}: "
+            f"start it with {manifest.world_size} (deepspeed --num_gpus {manifest.world_size})."
+        )
+    here = _describe(engines)
+    if here != manifest.engines:
+        raise CheckpointError(
+            f"{folder} holds {_readable(manifest.engines)}, this run has {_readable(here)}: give "
+            "the configs of the save, config.yaml and ds_config.json in that folder."
+        )
+
+
+def _readable(engines: Mapping[str, EngineRecord]) -> str:
+    return ", ".join(f"{name} ({record})" for name, record in engines.items())
+
+
+def _on_all_ranks(action: Callable[[], None], what: str) -> None:
+    """Run an action on every rank; when it fails on any, raise on all."""
+    try:
+        action()
+        problems: list[str] = []
+    except CheckpointError as error:
+        problems = [str(error)]
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        problems = [f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"]
+    _raise_if_any(problems, f"could not {what}")
+
+
+def _raise_if_any(problems: Sequence[str], heading: str) -> None:
+    gathered = gather_to_rank_zero(list(problems))
+    told = [
+        f"rank {number}: {problem}" for number, mine in enumerate(gathered) for problem in mine[:3]
+    ]
+    told = broadcast_from_rank_zero(told)
+    if told:
+        raise CheckpointError(f"{heading}: {'; '.join(told)}")
+
+
+def _publish(staging: Path, final: Path) -> None:
+    """Turn the staged folder into a checkpoint: one rename, then `latest`."""
+    for folder in {path.parent for path in staging.rglob("*")}:
+        sync_folder(folder)
+    if final.exists():
+        # The same step once more, or a damaged one that is being replaced.
+        final.rename(final.with_name(f".replaced_{final.name}"))
+    staging.rename(final)
+    sync_folder(final.parent)
+    write_text_atomically(final.parent / "latest", f"{final.name}\n")
+
+
+def _prune(checkpoints: Path, keep_last: int) -> None:
+    """Keep the newest `keep_last` whole ones; what is damaged and older than those goes too."""
+    whole = [folder for folder in _step_folders(checkpoints) if not verify(folder, deep=False)]
+    if len(whole) <= keep_last:
+        old = []
+    else:
+        old = [
+            folder
+            for folder in _step_folders(checkpoints)
+            if _step_of(folder) < _step_of(whole[keep_last - 1])
+        ]
+    try:
+        for folder in old:
+            # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+            folder.rename(folder.with_name(f".pruned_{folder.name}"))
+        _sweep(checkpoints)
+    except OSError as error:
+        _log.warning("Old checkpoints in %s could not be removed: %s", checkpoints, error)
+
+
+def _sweep(checkpoints: Path) -> None:
+    """Remove what an interrupted save or removal left."""
+    for kind in ("staging", "pruned", "replaced"):
+        for folder in checkpoints.glob(f".{kind}_step_*"):
+            shutil.rmtree(folder)
+
+
+def _step_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest step first."""
+    found = [path for path in checkpoints.glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _rng_file(folder: Path) -> Path:
+    return folder / "rng" / f"rank_{rank():05d}.pt"
+
+
+def _versions() -> dict[str, str]:
+    from lgpt import __version__
+
+    return {
+        "lgpt": __version__,
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+    }
