@@ -1,0 +1,356 @@
+"""The latent cache: every crop of every picture as VQ tokens, every caption as CLIP embeddings.
+
+Built once, in float32, by all ranks together; read through memory maps. `latent_cache_writer` tells
+what the files hold and why the bytes depend neither on the number of ranks nor on kills.
+
+Embeddings are kept in half the bytes of the float32 they were computed in, and given back as
+float32. `float16` rounds to 11 significant bits: a relative error of at most 2^-11 = 0.05% (CLIP's
+last hidden states lie within +-40; a value above 65,504 is refused). `bfloat16` has float32's range
+but 8 bits: at most 2^-8 = 0.4%, what bf16 training makes of its input anyway. Tokens lose nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional, Union
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lgpt.core.errors import DataError
+from lgpt.core.logging import get_logger
+from lgpt.data.captioned import BadImage, BadImages, CaptionedDataset
+from lgpt.data.latent_cache_writer import (
+    FORMAT,
+    MANIFEST,
+    CachePlan,
+    Chunk,
+    LatentCacheWriter,
+    refuse_other_fingerprint,
+)
+from lgpt.data.progress import progress
+from lgpt.data.transforms import ImageTransform, to_unit_range
+
+_log = get_logger(__name__)
+
+ImageEncoder = Callable[[Float[Tensor, "b 3 H W"]], Int[Tensor, "b h w"]]
+CaptionEncoder = Callable[[list[str]], tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]]
+
+# An encoder of 128 channels takes some 0.5 GB an activation for 16 pictures of 256 x 256.
+_PIXELS_PER_CALL = 16 * 256 * 256
+_IMAGES_PER_CALL_MAX = 256
+_CAPTIONS_PER_CALL = 128
+_TORCH_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_STATISTICS_ITEMS = 4096
+
+
+@dataclass(frozen=True)
+class CachedBatch:
+    """Tokens of n crops and one caption's embeddings each, padded to the longest with zeros."""
+
+    tokens: Int[Tensor, "n tokens"]
+    text: Optional[Float[Tensor, "n words width"]]
+    text_mask: Optional[Bool[Tensor, "n words"]]
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Use of the codebook over a whole cache. Entropy in nats, at most ln(codebook_size)."""
+
+    tokens: int
+    used_codes: int
+    usage: float
+    entropy: float
+
+
+class LatentCache:
+    """A finished cache of one split, opened read-only."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.grid: tuple[int, int] = (manifest["grid"][0], manifest["grid"][1])
+        self.crops: int = manifest["crops"]
+        self.codebook_size: int = manifest["codebook_size"]
+        self.text_width: Optional[int] = manifest["text_width"]
+        shape = (manifest["items"], self.crops, self.grid[0] * self.grid[1])
+        self._tokens = np.memmap(
+            folder / "tokens.bin", dtype=manifest["tokens_dtype"], mode="r", shape=shape
+        )
+        self._caption_offsets = np.load(folder / "caption_offsets.npy")
+        self._caption_rows = np.load(folder / "caption_rows.npy", mmap_mode="r")
+        if self.text_width is not None:
+            self._text_type = _TORCH_TYPES[manifest["text_dtype"]]
+            self._offsets = np.load(folder / "embedding_offsets.npy", mmap_mode="r")
+            self._embeddings = np.memmap(
+                folder / "embeddings.bin", dtype=np.int16, mode="r"
+            ).reshape(-1, self.text_width)
+
+    @classmethod
+    def open(
+        cls, folder: Union[Path, str], expected_fingerprint: Optional[dict[str, Any]] = None
+    ) -> LatentCache:
+        """Open the cache of one split, `<cache folder>/<split>`.
+
+        Args:
+            expected_fingerprint: What the run would make the cache from; None skips the comparison.
+
+        Raises:
+            DataError: Missing, unfinished, cut short, or made from something else.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).exists():
+            raise DataError(
+                f"{folder} is not a finished latent cache (it has no {MANIFEST}); run "
+                "`lgpt prepare CONFIG`, which goes on where it was stopped."
+            )
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
+            raise DataError(
+                f"{folder} has cache format {manifest.get('format')}, this lgpt reads {FORMAT}; "
+                f"make it again: rm -r {folder} && lgpt prepare CONFIG"
+            )
+        for name, size in manifest["files"].items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else "missing"
+            if found != size:
+                raise DataError(
+                    f"{folder / name} is damaged: {size} bytes in its manifest, {found} on disk; "
+                    f"make it again: rm -r {folder} && lgpt prepare CONFIG"
+                )
+        if expected_fingerprint is not None:
+            refuse_other_fingerprint(folder, manifest["fingerprint"], expected_fingerprint)
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return int(self._tokens.shape[0])
+
+    def num_captions(self, item: int) -> int:
+        """How many captions a picture has."""
+        return int(self._caption_offsets[item + 1] - self._caption_offsets[item])
+
+    def batch(self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray) -> CachedBatch:
+        """Crop `crops[k]` and caption `captions[k]` of picture `items[k]`, for k = 0 .. n - 1.
+
+        Text is None in a cache made without a text encoder.
+        """
+        tokens = torch.from_numpy(self._tokens[items, crops].astype(np.int64))
+        if self.text_width is None:
+            return CachedBatch(tokens, None, None)
+        rows = self._caption_rows[self._caption_offsets[items] + captions]
+        starts, stops = self._offsets[rows], self._offsets[rows + 1]
+        longest = int((stops - starts).max())
+        bits = np.zeros((len(items), longest, self.text_width), np.int16)
+        for place, (start, stop) in enumerate(zip(starts, stops)):
+            bits[place, : stop - start] = self._embeddings[start:stop]
+        mask = np.arange(longest)[None] < (stops - starts)[:, None]
+        text = torch.from_numpy(bits).view(self._text_type).float()
+        return CachedBatch(tokens, text, torch.from_numpy(mask))
+
+    def token_statistics(self) -> TokenStatistics:
+        """Counts every token of the cache."""
+        counts = np.zeros(self.codebook_size, np.int64)
+        for first in range(0, len(self), _STATISTICS_ITEMS):
+            piece = self._tokens[first : first + _STATISTICS_ITEMS]
+            counts += np.bincount(piece.ravel(), minlength=self.codebook_size)
+        shares = counts[counts > 0] / counts.sum()
+        used = len(shares)
+        entropy = float(-(shares * np.log(shares)).sum())
+        return TokenStatistics(int(counts.sum()), used, used / self.codebook_size, entropy)
+
+
+def build_latent_cache(
+    folder: Path,
+    dataset: CaptionedDataset,
+    transform: ImageTransform,
+    *,
+    encode_images: ImageEncoder,
+    encode_captions: Optional[CaptionEncoder],
+    fingerprint: dict[str, Any],
+    codebook_size: int,
+    downsample_factor: int,
+    text_dtype: str,
+    max_bad_images: int,
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+    workers: int = 2,
+    show_progress: bool = True,
+) -> None:
+    """Make the cache of one split, or complete it; all ranks call this together.
+
+    A finished cache with this fingerprint is left alone. Bad pictures are left out of the cache.
+
+    Args:
+        folder: The split's own folder, `<cache folder>/<split>`, seen by all ranks.
+        encode_images: Float32 pictures in [-1, 1], on the CPU, to codes; all ranks' must agree.
+        encode_captions: Captions to embeddings and mask (True: a word; words first); None: no text.
+        fingerprint: Everything that decides the content, as named JSON values.
+        text_dtype: float16 or bfloat16, see above.
+        max_bad_images: Corrupt or missing pictures allowed, over all ranks.
+        barrier: Returns when all ranks have called it.
+        workers: Threads a rank that read and cut pictures.
+
+    Raises:
+        DataError: The folder holds something else, or too many pictures are bad.
+    """
+    captions = [dataset.captions(item) for item in range(len(dataset))]
+    different = list(dict.fromkeys(text for texts in captions for text in texts))
+    side = transform.resolution // downsample_factor
+    plan = CachePlan(
+        fingerprint=fingerprint,
+        dataset=dataset.name,
+        split=dataset.split,
+        items=len(dataset),
+        crops=transform.crops,
+        grid=(side, side),
+        codebook_size=codebook_size,
+        downsample_factor=downsample_factor,
+        different_captions=len(different),
+        text_dtype=None if encode_captions is None else text_dtype,
+    )
+    writer = LatentCacheWriter(folder, plan, rank, world)
+    if not writer.is_finished:
+        chunks = writer.begin(barrier)
+        _log.info("Latent cache %s: %d chunks to do on this rank", folder, len(chunks))
+        is_shown = show_progress and rank == 0
+        bad = BadImages(max_bad_images, f"{dataset.name}/{dataset.split}")
+        _encode_images(writer, chunks, dataset, transform, encode_images, bad, workers, is_shown)
+        if encode_captions is not None:
+            _encode_captions(writer, chunks, different, encode_captions, is_shown)
+        barrier()
+        _refuse_too_many(writer, dataset, max_bad_images)
+        if rank == 0:
+            writer.finish([dataset.image_id(item) for item in range(len(dataset))], captions)
+    barrier()
+    if rank == 0:
+        writer.remove_parts()
+
+
+def _encode_images(
+    writer: LatentCacheWriter,
+    chunks: list[Chunk],
+    dataset: CaptionedDataset,
+    transform: ImageTransform,
+    encode: ImageEncoder,
+    bad: BadImages,
+    workers: int,
+    is_shown: bool,
+) -> None:
+    mine = [chunk for chunk in chunks if chunk.kind == "images"]
+    total = sum(chunk.stop - chunk.first for chunk in mine)
+    title = f"{dataset.name}/{dataset.split} to tokens"
+    with progress(title, total, unit="pictures", is_shown=is_shown) as advance:
+        for chunk, crops in _load_chunks(mine, dataset, transform, workers):
+            good: dict[int, np.ndarray] = {}
+            bad_items: dict[int, str] = {}
+            for item, reading in zip(range(chunk.first, chunk.stop), crops):
+                try:
+                    good[item] = reading.result()
+                except BadImage as error:
+                    bad.skip(dataset.image_id(item), str(error))
+                    bad_items[item] = str(error)
+            tokens = _tokens_of(writer.plan, list(good.values()), encode, advance)
+            writer.write_chunk(
+                chunk,
+                tokens=tokens,
+                items=np.array(list(good), dtype=np.int64),
+                bad_items=np.array(list(bad_items), dtype=np.int64),
+                bad_reasons=np.array(list(bad_items.values()), dtype=np.str_),
+            )
+            advance(len(bad_items))
+
+
+def _load_chunks(
+    chunks: list[Chunk], dataset: CaptionedDataset, transform: ImageTransform, workers: int
+) -> Iterator[tuple[Chunk, list[Future[np.ndarray]]]]:
+    """Pictures [crops, 3, H, W] of each chunk; the next chunk is read while this one is encoded."""
+
+    def load(item: int) -> np.ndarray:
+        image = dataset.load(item)
+        return np.stack([transform(image, item, crop) for crop in range(transform.crops)])
+
+    with ThreadPoolExecutor(max(1, workers), "lgpt-latents") as pool:
+        waiting: list[tuple[Chunk, list[Future[np.ndarray]]]] = []
+        try:
+            for chunk in chunks:
+                waiting.append(
+                    (chunk, [pool.submit(load, i) for i in range(chunk.first, chunk.stop)])
+                )
+                if len(waiting) > 1:
+                    yield waiting.pop(0)
+            while waiting:
+                yield waiting.pop(0)
+        finally:
+            for _, readings in waiting:
+                for reading in readings:
+                    reading.cancel()
+
+
+def _tokens_of(
+    plan: CachePlan,
+    pictures: list[np.ndarray],
+    encode: ImageEncoder,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """Tokens [pictures, crops, h * w], encoded in batches of a fixed size."""
+    grid_tokens = plan.grid[0] * plan.grid[1]
+    tokens = np.zeros((len(pictures), plan.crops, grid_tokens), plan.tokens_dtype)
+    if not pictures:
+        return tokens
+    pixels = pictures[0].shape[-1] * pictures[0].shape[-2] * plan.crops
+    step = max(1, min(_PIXELS_PER_CALL // pixels, _IMAGES_PER_CALL_MAX // plan.crops))
+    for first in range(0, len(pictures), step):
+        batch = np.concatenate(pictures[first : first + step])
+        codes = encode(to_unit_range(torch.from_numpy(batch)))
+        assert tuple(codes.shape) == (len(batch), *plan.grid), (codes.shape, plan.grid)
+        assert int(codes.min()) >= 0, codes.min()
+        assert int(codes.max()) < plan.codebook_size, (codes.max(), plan.codebook_size)
+        tokens[first : first + step] = codes.cpu().numpy().reshape(-1, plan.crops, grid_tokens)
+        advance(len(batch) // plan.crops)
+    return tokens
+
+
+def _encode_captions(
+    writer: LatentCacheWriter,
+    chunks: list[Chunk],
+    different: list[str],
+    encode: CaptionEncoder,
+    is_shown: bool,
+) -> None:
+    mine = [chunk for chunk in chunks if chunk.kind == "captions"]
+    total = sum(chunk.stop - chunk.first for chunk in mine)
+    assert writer.plan.text_dtype is not None
+    kept_type = _TORCH_TYPES[writer.plan.text_dtype]
+    title = f"{writer.plan.dataset}/{writer.plan.split} captions"
+    with progress(title, total, unit="different captions", is_shown=is_shown) as advance:
+        for chunk in mine:
+            pieces, lengths = [], []
+            for first in range(chunk.first, chunk.stop, _CAPTIONS_PER_CALL):
+                texts = different[first : min(first + _CAPTIONS_PER_CALL, chunk.stop)]
+                text, mask = (value.cpu() for value in encode(texts))
+                words = mask.sum(1)
+                assert torch.equal(mask, torch.arange(mask.shape[1])[None] < words[:, None])
+                kept = text[mask].to(kept_type)
+                if not torch.isfinite(kept).all():
+                    raise DataError(
+                        f"Embeddings of captions do not fit into {writer.plan.text_dtype}: largest "
+                        f"value {float(text[mask].abs().max()):g}; set text.cache_dtype=bfloat16."
+                    )
+                pieces.append(kept.view(torch.int16).numpy())
+                lengths.append(words.numpy())
+                advance(len(texts))
+            writer.write_chunk(
+                chunk, embeddings=np.concatenate(pieces), lengths=np.concatenate(lengths)
+            )
+
+
+def _refuse_too_many(writer: LatentCacheWriter, dataset: CaptionedDataset, limit: int) -> None:
+    """The limit holds over all ranks; every rank comes to the same answer."""
+    all_bad = BadImages(limit, f"{dataset.name}/{dataset.split}")
+    for item, reason in writer.bad_images():
+        all_bad.count(dataset.image_id(item), reason)
