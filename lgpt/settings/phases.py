@@ -1,4 +1,4 @@
-"""The three phases as a union tagged by `phase`: each decides what is trained and how it is tracked."""
+"""The three phases, a union tagged by `phase`: what is trained, with what, tracked where."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class _TransformerPhase(_PhaseBase):
     vqvae: VqvaeSourceSettings = VqvaeSourceSettings()
     text: TextSettings = TextSettings()
     latent_cache: Optional[Path] = Field(
-        None, description="folder written by `lgpt prepare`; without it images are encoded on the fly"
+        None,
+        description="folder written by `lgpt prepare`; without it images are encoded on the fly",
     )
     transformer: TransformerSettings = TransformerSettings()
     sampling: SamplingSettings = SamplingSettings()

@@ -59,7 +59,7 @@ class TrackingSettings(Section):
     enabled: bool = True
     uri: Optional[str] = Field(
         None,
-        description="default: the MLFLOW_TRACKING_URI variable, else sqlite file <runs_folder>/mlflow.db",
+        description="default: the MLFLOW_TRACKING_URI variable, else <runs_folder>/mlflow.db",
     )
     experiment: Optional[str] = Field(None, description="default: the phase's own experiment")
 

@@ -10,7 +10,7 @@ from lgpt.settings.section import Section
 
 
 class VqvaeSettings(Section):
-    """Architecture in the taming-transformers grammar (`ddconfig` and `params`), plus the quantizer."""
+    """Architecture in taming-transformers' grammar (`ddconfig`, `params`), plus the quantizer."""
 
     codebook_size: int = Field(16384, ge=2)
     code_dim: int = Field(256, ge=2, description="width of a code vector (taming: embed_dim)")
@@ -56,6 +56,14 @@ class VqvaeSourceSettings(Section):
     checkpoint: str = Field(
         "dalle-mini/vqgan_imagenet_f16_16384",
         description="hub name, folder or file; for custom a model folder or a phase 2 run folder",
+    )
+    codebook_size: Optional[int] = Field(
+        None,
+        ge=2,
+        description="what it is expected to have: planning counts with it, loading refuses another",
+    )
+    downsample_factor: Optional[int] = Field(
+        None, ge=1, description="pixels a side of one token; as codebook_size"
     )
     ddconfig: Optional[str] = Field(
         None, description="the model.yaml of a taming .ckpt, when it does not lie beside it"

@@ -1,0 +1,250 @@
+"""What single sections cannot see: values that contradict each other, and values without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lgpt.settings.data import DataSettings
+from lgpt.settings.explain import located
+from lgpt.settings.phases import Phase2, Phase3, RunSettings, TransformerRun
+from lgpt.settings.sources import KeyPath, Sources
+from lgpt.settings.training import BatchSettings, ScheduleSettings, TrainingSettings
+from lgpt.settings.vqvae import VqvaeSettings, VqvaeSourceSettings
+
+Problem = tuple[Sequence[KeyPath], str]
+_DALLE_MINI = VqvaeSourceSettings.model_fields["checkpoint"].default
+
+
+@dataclass(frozen=True)
+class Void:
+    """Why a setting does nothing: the setting that switches it off, and the words for it."""
+
+    switch: KeyPath
+    text: str
+
+
+def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
+    """Settings (or whole sections) that nothing reads because of another setting."""
+    void: list[tuple[KeyPath, Void]] = []
+
+    def add(paths: str, switch: str, text: str) -> None:
+        for path in paths.split():
+            void.append((tuple(path.split(".")), Void(tuple(switch.split(".")), text)))
+
+    if run.data.dataset != "shapes":
+        add("data.shapes", "data.dataset", f"with data.dataset: {run.data.dataset}")
+    if run.data.dataset in ("shapes", "openmoji"):
+        add("data.source", "data.dataset", f"with data.dataset: {run.data.dataset}")
+    if run.schedule.decay == "constant":
+        add("schedule.final_ratio", "schedule.decay", "with schedule.decay: constant")
+    if run.training.validate_every == 0:
+        add("training.validation_images", "training.validate_every", "with validate_every: 0")
+    if not run.tracking.enabled:
+        add("tracking.uri tracking.experiment", "tracking.enabled", "with tracking.enabled: false")
+    if isinstance(run, Phase2):
+        ema_only = "vqvae.ema_decay vqvae.revive_dead_codes"
+        if run.vqvae.codebook_update == "gradient":
+            add(ema_only, "vqvae.codebook_update", "with codebook_update: gradient (only with ema)")
+        else:
+            add("loss.codebook_weight", "vqvae.codebook_update", "with codebook_update: ema")
+        return void
+    if run.conditioning == "unconditional":
+        text_only = "text transformer.cond_drop sampling.guidance sampling.prompts"
+        add(text_only, "conditioning", "in a run with conditioning: unconditional")
+    elif run.latent_cache is None:
+        add("text.cache_dtype", "latent_cache", "without a latent_cache")
+    if run.training.sample_every == 0:
+        add("sampling.images sampling.prompts", "training.sample_every", "with sample_every: 0")
+    if run.vqvae.source != "pretrained_taming":
+        add("vqvae.ddconfig", "vqvae.source", f"with vqvae.source: {run.vqvae.source}")
+    if run.vqvae.source == "custom":
+        add("vqvae.input_range", "vqvae.source", "with vqvae.source: custom (always -1..1)")
+    return void
+
+
+def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
+    """Settings that cannot both be meant; each text names them, their places and the way out."""
+    at = _Located(run, sources)
+    problems = [*_batch(run.batch, at), *_budget(run.schedule, run.training, at)]
+    problems += _data(run.data, at)
+    if isinstance(run, Phase2):
+        problems += _vqvae(run.vqvae, run.data, at)
+        return problems
+    problems += _vqvae_source(run, at)
+    problems += _transformer(run, at)
+    problems += _sampling(run, at)
+    return problems
+
+
+class _Located:
+    """`at("batch.micro_batch_images")` -> `batch.micro_batch_images = 32 (phase1.yaml:9)`."""
+
+    def __init__(self, run: RunSettings, sources: Sources) -> None:
+        self._run, self._sources = run, sources
+
+    def __call__(self, name: str) -> str:
+        path = tuple(name.split("."))
+        value: Any = self._run
+        for key in path:
+            value = getattr(value, key)
+        return located(path, self._sources, value)
+
+
+At = Callable[[str], str]
+
+
+def _problem(text: str, *names: str) -> Problem:
+    return [tuple(name.split(".")) for name in names], text
+
+
+def _batch(batch: BatchSettings, at: At) -> list[Problem]:
+    if batch.micro_batch_images <= batch.global_batch_images:
+        return []  # divisibility depends on the ranks: settings/deepspeed.py
+    names = ("batch.micro_batch_images", "batch.global_batch_images")
+    text = f"{at(names[0])} is larger than {at(names[1])}; it must be at most that."
+    return [_problem(text, *names)]
+
+
+def _budget(schedule: ScheduleSettings, training: TrainingSettings, at: At) -> list[Problem]:
+    if schedule.warmup_steps < training.max_steps:
+        return []
+    names = ("schedule.warmup_steps", "training.max_steps")
+    text = (
+        f"{at(names[0])} must be less than {at(names[1])}: the learning rate would never reach its "
+        "value; "
+        f"set it to {training.max_steps // 10} or so."
+    )
+    return [_problem(text, *names)]
+
+
+def _data(data: DataSettings, at: At) -> list[Problem]:
+    problems = []
+    if data.dataset == "folder" and data.source is None:
+        text = f"{at('data.dataset')} needs data.source: the folder that holds your pictures."
+        problems.append(_problem(text, "data.dataset", "data.source"))
+    if data.flip and data.crops == 1:
+        text = (
+            f"{at('data.flip')} has no effect with {at('data.crops')}: every second crop is "
+            "mirrored, "
+            "and there is one; set data.crops to 2 or more, or data.flip to false."
+        )
+        problems.append(_problem(text, "data.flip", "data.crops"))
+    return problems
+
+
+def _vqvae(vqvae: VqvaeSettings, data: DataSettings, at: At) -> list[Problem]:
+    problems = []
+    factor = vqvae.downsample_factor
+    for name, side in (
+        ("data.resolution", data.resolution),
+        ("vqvae.resolution", vqvae.resolution),
+    ):
+        if side % factor:
+            text = (
+                f"{at(name)} must be a multiple of the downsample factor {factor} that "
+                f"{at('vqvae.ch_mult')} gives; {_neighbours(side, factor)}."
+            )
+            problems.append(_problem(text, name, "vqvae.ch_mult"))
+    sides = [vqvae.resolution // 2**level for level in range(len(vqvae.ch_mult))]
+    strangers = [side for side in vqvae.attn_resolutions if side not in sides]
+    if strangers and not vqvae.resolution % factor:
+        text = (
+            f"{at('vqvae.attn_resolutions')} names {', '.join(map(str, strangers))}, which no "
+            "level has: "
+            f"{at('vqvae.resolution')} halves to {', '.join(map(str, sides))}; use some of these "
+            "or []."
+        )
+        names = ("vqvae.attn_resolutions", "vqvae.resolution", "vqvae.ch_mult")
+        problems.append(_problem(text, *names))
+    if any(multiple < 1 for multiple in vqvae.ch_mult):
+        text = f"{at('vqvae.ch_mult')} must hold whole numbers of at least 1."
+        problems.append(_problem(text, "vqvae.ch_mult"))
+    return problems
+
+
+def _vqvae_source(run: TransformerRun, at: At) -> list[Problem]:
+    problems = []
+    if isinstance(run, Phase3) != (run.vqvae.source == "custom"):
+        text = (
+            f"{at('vqvae.source')} does not fit {at('phase')}: phase 1 trains on a pretrained "
+            "VQ-VAE "
+            "(pretrained_hf or pretrained_taming), phase 3 on your own (custom); change one of "
+            "them."
+        )
+        problems.append(_problem(text, "vqvae.source", "phase"))
+    if run.vqvae.source != "pretrained_hf" and run.vqvae.checkpoint == _DALLE_MINI:
+        text = (
+            f"{at('vqvae.checkpoint')} is the Flax checkpoint of pretrained_hf, but "
+            f"{at('vqvae.source')}; "
+            "set vqvae.checkpoint to the file or folder that holds yours."
+        )
+        problems.append(_problem(text, "vqvae.checkpoint", "vqvae.source"))
+    factor = run.vqvae.downsample_factor
+    if factor and run.data.resolution % factor:
+        text = (
+            f"{at('data.resolution')} must be a multiple of {at('vqvae.downsample_factor')}; "
+            f"{_neighbours(run.data.resolution, factor)}."
+        )
+        problems.append(_problem(text, "data.resolution", "vqvae.downsample_factor"))
+    return problems
+
+
+def _transformer(run: TransformerRun, at: At) -> list[Problem]:
+    model = run.transformer
+    names = ("transformer.hidden", "transformer.heads")
+    if model.hidden % model.heads:
+        text = f"{at(names[0])} must be a multiple of {at(names[1])}; "
+        return [_problem(text + _neighbours(model.hidden, model.heads) + ".", *names)]
+    problems = []
+    head_width = model.hidden // model.heads
+    if model.positions == "rope2d" and head_width % 4:
+        text = (
+            f"{at('transformer.positions')} rotates pairs along rows and columns, so the head "
+            "width must be "
+            f"a multiple of 4; {at(names[0])} over {at(names[1])} gives {head_width}; set hidden "
+            "to a "
+            f"multiple of {4 * model.heads}, or positions to learned."
+        )
+        problems.append(_problem(text, "transformer.positions", *names))
+    if model.attention == "flash" and (head_width % 8 or head_width > 256):
+        text = (
+            f"{at('transformer.attention')} needs a head width that is a multiple of 8 and at most "
+            "256; "
+            f"{at(names[0])} over {at(names[1])} gives {head_width}; change them or use auto."
+        )
+        problems.append(_problem(text, "transformer.attention", *names))
+    if model.attention == "flash" and run.training.precision == "fp32":
+        text = (
+            f"{at('transformer.attention')} has no float32 kernel, but {at('training.precision')}; "
+            "set attention to auto or sdpa, or precision to bf16."
+        )
+        problems.append(_problem(text, "transformer.attention", "training.precision"))
+    return problems
+
+
+def _sampling(run: TransformerRun, at: At) -> list[Problem]:
+    problems = []
+    sampling = run.sampling
+    if len(sampling.prompts) > sampling.images:
+        text = (
+            f"sampling.prompts has {len(sampling.prompts)} entries, but {at('sampling.images')} "
+            "pictures are "
+            "drawn, so some would never be; raise sampling.images or shorten the list."
+        )
+        problems.append(_problem(text, "sampling.prompts", "sampling.images"))
+    codes = run.vqvae.codebook_size
+    if codes and sampling.top_k > codes:
+        text = (
+            f"{at('sampling.top_k')} must be at most {at('vqvae.codebook_size')}; 0 means all "
+            "codes."
+        )
+        problems.append(_problem(text, "sampling.top_k", "vqvae.codebook_size"))
+    return problems
+
+
+def _neighbours(value: int, step: int) -> str:
+    """`use 96 or 128`: the multiples of `step` on both sides of `value`."""
+    lower = value - value % step
+    return f"use {lower} or {lower + step}" if lower else f"use {step}"

@@ -1,0 +1,354 @@
+"""From a run config and a DeepSpeed JSON to the one config that DeepSpeed gets, without "auto".
+
+The run config owns batch, accumulation, clipping, optimizer, schedule and precision; the JSON owns
+stage, offload, buckets and communication. What the run config owns is "auto" in the JSON, absent,
+or the same. DeepSpeed itself takes `zero_optimisation` or `"stage": "auto"` and trains something
+else without a word; this module refuses both, with everything else that is wrong, in one message.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Optional
+
+from lgpt.core.errors import SettingsError
+from lgpt.settings.checks import Problem
+from lgpt.settings.deepspeed_check import AUTO, misfits
+from lgpt.settings.explain import located, shown
+from lgpt.settings.phases import Phase2, RunSettings
+from lgpt.settings.sources import KeyPath, Sources
+
+_INSTALLED_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+_CHECKOUT_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+
+_SHORT_DTYPES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+}
+
+_NVME_ONLY = (
+    "nvme_path",
+    "buffer_count",
+    "buffer_size",
+    "max_in_cpu",
+    "fast_init",
+    "pipeline_read",
+    "pipeline_write",
+)
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A DeepSpeed value that the run config decides."""
+
+    value: Any
+    setting: str
+
+
+def resolve_deepspeed_config(
+    run: RunSettings, world_size: int, raw: Optional[Mapping[str, Any]] = None
+) -> dict[str, Any]:
+    """The complete DeepSpeed config of a run on a number of ranks.
+
+    Args:
+        run: The run; `run.deepspeed_config` names the JSON.
+        world_size: Ranks that train.
+        raw: The JSON's content, when it does not come from `run.deepspeed_config`.
+
+    Returns:
+        A new dict without "auto", with everything that the run config owns written out.
+
+    Raises:
+        SettingsError: All problems at once.
+    """
+    config, problems = _resolve(run, world_size, raw)
+    if problems:
+        raise SettingsError([text for _, text in problems], heading=run.deepspeed_config)
+    return config
+
+
+def deepspeed_problems(
+    run: RunSettings, world_size: int, sources: Optional[Sources] = None
+) -> list[Problem]:
+    """What `resolve_deepspeed_config` would refuse, each with the run settings it depends on."""
+    try:
+        return _resolve(run, world_size, None)[1]
+    except SettingsError as error:
+        path: KeyPath = ("deepspeed",)
+        named = sources is not None and sources.place(path) is not None
+        start = f"{located(path, sources)}: " if named and sources is not None else ""
+        return [([path], start + problem) for problem in error.problems]
+
+
+def shipped_deepspeed_configs() -> list[str]:
+    """Names in `ds_configs`, without `.json`."""
+    return sorted(file.stem for file in _shipped_folder().glob("*.json"))
+
+
+def load_deepspeed_json(name: str) -> dict[str, Any]:
+    """Read a JSON by its name in `ds_configs` or by its path; refuse duplicate keys."""
+    file = Path(name)
+    if not file.is_file():
+        file = _shipped_folder() / (name if name.endswith(".json") else f"{name}.json")
+    if not file.is_file():
+        names = shipped_deepspeed_configs()
+        close = get_close_matches(name.removesuffix(".json"), names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise SettingsError(
+            f"no DeepSpeed config {name!r}: {hint}it must be a JSON file or one of "
+            f"{', '.join(names)}."
+        )
+    twice: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        return dict(pairs)
+
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{file}:{error.lineno} is not JSON: {error.msg}.") from None
+    if twice:
+        raise SettingsError([f"{file}: key {key!r} is written twice; keep one." for key in twice])
+    if not isinstance(config, dict):
+        raise SettingsError(f"{file} must hold one JSON object.")
+    return config
+
+
+def _shipped_folder() -> Path:
+    return _INSTALLED_FOLDER if _INSTALLED_FOLDER.is_dir() else _CHECKOUT_FOLDER
+
+
+def _resolve(
+    run: RunSettings, world_size: int, raw: Optional[Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[Problem]]:
+    name = run.deepspeed_config
+    source: Mapping[str, Any] = load_deepspeed_json(name) if raw is None else raw
+    config: dict[str, Any] = copy.deepcopy(dict(source))
+    problems = _batch_problems(run, world_size)
+    zero = config.get("zero_optimization")
+    stage = _stage_of(zero)
+    owned = _owned_values(run, world_size)
+    defaults = _fillable_values(run)
+    fillable = frozenset([*owned, *defaults])
+    ours: list[KeyPath] = [("deepspeed",)]
+
+    def report(path: KeyPath, rest: str) -> None:
+        value = _get(config, path)
+        is_leaf = not isinstance(value, (dict, list)) and value is not None
+        start = f"{'.'.join(path)} = {shown(value)}" if is_leaf else ".".join(path)
+        problems.append((ours, f"{start} ({name}) {rest}"))
+
+    if zero is None or (isinstance(zero, dict) and "stage" not in zero):
+        text = f"zero_optimization.stage ({name}) is missing, so DeepSpeed would not use ZeRO"
+        problems.append((ours, f"{text}; write 0, 1, 2 or 3."))
+    for path, rest in misfits(config, fillable, stage, _installed_version()):
+        report(path, rest)
+    for path, decided in owned.items():
+        value = _get(config, path, AUTO)
+        if value != AUTO and _is_scalar(value) and value != decided.value:
+            report(path, f'contradicts {decided.setting} = {shown(decided.value)}; write "auto".')
+    for path, rest in _combinations(config, run, stage):
+        report(path, rest)
+    if not problems:
+        _fill(config, {path: decided.value for path, decided in owned.items()}, defaults)
+        _settle_precision(config, run, stage)
+        _settle_offload(config)
+        _write_whole_numbers(config)
+    return config, problems
+
+
+def _installed_version() -> str:
+    """The installed DeepSpeed's version, without importing it (it would import torch)."""
+    try:
+        return metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _batch_problems(run: RunSettings, world_size: int) -> list[Problem]:
+    batch = run.batch
+    images_per_micro_step = batch.micro_batch_images * world_size
+    if batch.global_batch_images % images_per_micro_step == 0:
+        return []
+    lower = batch.global_batch_images // images_per_micro_step * images_per_micro_step
+    higher = lower + images_per_micro_step
+    text = (
+        f"batch.global_batch_images ({batch.global_batch_images}) must be a multiple of "
+        f"micro_batch_images x world_size ({batch.micro_batch_images} x {world_size} = "
+        f"{images_per_micro_step}); set it to {f'{lower} or ' if lower else ''}{higher}."
+    )
+    return [([("batch", "global_batch_images"), ("batch", "micro_batch_images")], text)]
+
+
+def _owned_values(run: RunSettings, world_size: int) -> dict[KeyPath, _Owned]:
+    batch = run.batch
+    steps = max(1, batch.global_batch_images // (batch.micro_batch_images * world_size))
+    accumulation = "batch.global_batch_images / (micro_batch_images x world_size)"
+    return {
+        ("train_batch_size",): _Owned(batch.global_batch_images, "batch.global_batch_images"),
+        ("train_micro_batch_size_per_gpu",): _Owned(
+            batch.micro_batch_images, "batch.micro_batch_images"
+        ),
+        ("gradient_accumulation_steps",): _Owned(steps, accumulation),
+        ("gradient_clipping",): _Owned(
+            run.optimizer.gradient_clipping, "optimizer.gradient_clipping"
+        ),
+        ("bf16", "enabled"): _Owned(run.training.precision == "bf16", "training.precision: bf16"),
+    }
+
+
+def _fillable_values(run: RunSettings) -> dict[KeyPath, Any]:
+    """What "auto" means where the JSON decides, but the model's size suggests.
+
+    Buckets of 64 x width^2 elements: 67M (134 MB in bf16) at width 1024, so that a model of 24
+    layers is reduced in about eight messages; DeepSpeed's 5e8 would be one bucket larger than the
+    model. ZeRO-3 prefetches one layer (about 20 x width^2) and keeps vectors whole (10 x width, as
+    transformers does).
+    """
+    if isinstance(run, Phase2):
+        width = run.vqvae.ch * max(run.vqvae.ch_mult)
+    else:
+        width = run.transformer.hidden
+    zero = "zero_optimization"
+    values: dict[KeyPath, Any] = {
+        (zero, "reduce_bucket_size"): 64 * width**2,
+        (zero, "allgather_bucket_size"): 64 * width**2,
+        ("data_types", "grad_accum_dtype"): "fp32",
+        ("zero_force_ds_cpu_optimizer",): False,
+    }
+    for prefix in ("", "stage3_"):
+        values[zero, f"{prefix}prefetch_bucket_size"] = 20 * width**2
+        values[zero, f"{prefix}param_persistence_threshold"] = 10 * width
+    return values
+
+
+def _combinations(
+    config: Mapping[str, Any], run: RunSettings, stage: Optional[int]
+) -> list[tuple[KeyPath, str]]:
+    """Values that are fine alone."""
+    found: list[tuple[KeyPath, str]] = []
+    precision = run.training.precision
+    for name in ("grad_accum_dtype", "param_dtype"):
+        path = ("data_types", name)
+        dtype = _get(config, path, AUTO)
+        allowed = [precision] if name == "param_dtype" else list(dict.fromkeys(["fp32", precision]))
+        if (
+            isinstance(dtype, str)
+            and dtype != AUTO
+            and _SHORT_DTYPES.get(dtype, dtype) not in allowed
+        ):
+            text = f"contradicts training.precision = {precision}; write {' or '.join(allowed)}."
+            found.append((path, text))
+    dtype = _get(config, ("communication_data_type",))
+    if isinstance(dtype, str) and dtype not in ("fp32", precision):
+        text = f"contradicts training.precision = {precision}; remove it."
+        found.append((("communication_data_type",), text))
+    dtype = _get(config, ("data_types", "grad_accum_dtype"))
+    if stage == 0 and precision == "bf16" and dtype in ("fp32", "float32", "float"):
+        text = "is not possible at ZeRO stage 0 with bf16; use stage 1 or remove it."
+        found.append((("data_types", "grad_accum_dtype"), text))
+    if _get(config, ("gradient_clipping",)) is None and "gradient_clipping" in config:
+        found.append((("gradient_clipping",), 'must be a number; write "auto".'))
+    return found + _offload_combinations(config, stage)
+
+
+def _offload_combinations(
+    config: Mapping[str, Any], stage: Optional[int]
+) -> list[tuple[KeyPath, str]]:
+    found: list[tuple[KeyPath, str]] = []
+    uses_nvme = False
+    for block in ("offload_optimizer", "offload_param"):
+        path: KeyPath = ("zero_optimization", block)
+        offload = _get(config, path)
+        if not isinstance(offload, dict):
+            continue
+        device = offload.get("device", "none")
+        uses_nvme |= device == "nvme"
+        if device == "nvme" and not offload.get("nvme_path"):
+            found.append(((*path, "device"), "needs nvme_path beside it."))
+        if device == "nvme" and stage != 3:
+            found.append(((*path, "device"), "works at ZeRO stage 3 only; use cpu."))
+        for name in offload:
+            if name in _NVME_ONLY and device != "nvme":
+                text = f"has no effect with device: {device}, only with nvme; remove it."
+                found.append(((*path, name), text))
+    if "aio" in config and not uses_nvme:
+        found.append((("aio",), "has no effect without offload to nvme; remove it."))
+    if config.get("zero_force_ds_cpu_optimizer") is True and _offload_device(config) != "none":
+        text = "refuses the torch AdamW that lgpt hands to DeepSpeed; write false or remove it."
+        found.append((("zero_force_ds_cpu_optimizer",), text))
+    return found
+
+
+def _offload_device(config: Mapping[str, Any]) -> Any:
+    return _get(config, ("zero_optimization", "offload_optimizer", "device"), "none")
+
+
+def _fill(
+    config: dict[str, Any], owned: Mapping[KeyPath, Any], defaults: Mapping[KeyPath, Any]
+) -> None:
+    for path, value in owned.items():
+        _set(config, path, value)
+    for path, value in defaults.items():
+        if _get(config, path) == AUTO:
+            _set(config, path, value)
+
+
+def _settle_precision(config: dict[str, Any], run: RunSettings, stage: Optional[int]) -> None:
+    """Gradients accumulate in float32; DeepSpeed's default is bf16, whose sums lose bits."""
+    if run.training.precision == "bf16" and stage:
+        if _get(config, ("data_types", "grad_accum_dtype")) is None:
+            _set(config, ("data_types", "grad_accum_dtype"), "fp32")
+    elif run.training.precision == "bf16":
+        config.get("data_types", {}).pop("grad_accum_dtype", None)  # stage 0 has no float32 sums
+
+
+def _settle_offload(config: dict[str, Any]) -> None:
+    """DeepSpeed refuses a torch optimizer with offload unless it is told that this is meant."""
+    if _offload_device(config) == "none":
+        config.pop("zero_force_ds_cpu_optimizer", None)
+    else:
+        config["zero_force_ds_cpu_optimizer"] = False
+
+
+def _write_whole_numbers(config: dict[str, Any]) -> None:
+    """5e8 is a float to JSON; sizes are written as integers."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _write_whole_numbers(value)
+        elif isinstance(value, float) and value.is_integer() and key != "gradient_clipping":
+            config[key] = int(value)
+
+
+def _stage_of(zero: Any) -> Optional[int]:
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    return stage if stage in (0, 1, 2, 3) and not isinstance(stage, bool) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _get(config: Any, path: KeyPath, default: Any = None) -> Any:
+    for key in path:
+        if not isinstance(config, Mapping) or key not in config:
+            return default
+        config = config[key]
+    return config
+
+
+def _set(config: dict[str, Any], path: KeyPath, value: Any) -> None:
+    for key in path[:-1]:
+        config = config.setdefault(key, {})
+    config[path[-1]] = value

@@ -1,0 +1,220 @@
+"""Mistakes in settings as sentences: what, the value, where it was written, what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any, Optional, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from lgpt.settings.section import Section
+from lgpt.settings.sources import KeyPath, Sources
+
+
+def dotted(path: KeyPath) -> str:
+    """`("data", "crops")` as `data.crops`; list positions in brackets."""
+    text = ".".join(path)
+    for key in path:
+        if key.isdigit():
+            text = text.replace(f".{key}", f"[{key}]", 1)
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it in YAML, cut when long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def located(path: KeyPath, sources: Sources, value: Any = None) -> str:
+    """`training.max_steps = -5 (phase1.yaml:12)`; for a value nobody wrote `... (default)`."""
+    place = sources.place(path)
+    if place is not None:
+        with suppress(KeyError):
+            value = sources.value(path)
+    return f"{dotted(path)} = {shown(value)} ({place.text if place else 'default'})"
+
+
+def section_of(annotation: Any) -> Optional[type[Section]]:
+    """The settings section that a field holds, if it holds one."""
+    is_section = isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation if is_section else None
+
+
+def fields_of(model: type[Section], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
+    """Every value of a settings tree with its path, sections opened."""
+    for name, field in model.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is None:
+            yield (*prefix, name), field
+        else:
+            yield from fields_of(inner, (*prefix, name))
+
+
+def _plain_types(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of an Optional or Union, else the annotation alone."""
+    return get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+
+
+def take_typed_text(sources: Sources, model: type[Section]) -> None:
+    """`name=123` on a command line means the text "123": give string fields what was typed."""
+    for path, field in fields_of(model):
+        place = sources.places.get(path)
+        if place is None or not place.is_typed_text or str not in _plain_types(field.annotation):
+            continue
+        value = sources.value(path)
+        if isinstance(value, (int, float)):
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            sources.put(path, text, place)
+
+
+def unknown_keys(
+    sources: Sources, model: type[Section], other_models: Mapping[str, type[Section]]
+) -> tuple[list[str], list[KeyPath]]:
+    """Keys that no field takes, each with the nearest known one.
+
+    Args:
+        sources: The merged layers.
+        model: The phase that validates them.
+        other_models: The other phases by the name used in the texts (`phase 2`).
+
+    Returns:
+        The texts, and the paths to leave out when validation goes on.
+    """
+    known = [path for path, _ in fields_of(model)]
+    elsewhere = {path: name for name, other in other_models.items() for path, _ in fields_of(other)}
+    texts, unknown = [], []
+    for path in _unknown_paths(sources.tree, model):
+        place = sources.place(path) or sources.place(sources.written(path)[0])
+        hint = _nearest(path, model, known, elsewhere)
+        where = place.text if place else "default"
+        texts.append(f"{dotted(path)} ({where}) is not a setting of {_home(path)}: {hint}")
+        unknown.append(path)
+    return texts, unknown
+
+
+def _home(path: KeyPath) -> str:
+    return f"section {dotted(path[:-1])}" if len(path) > 1 else "a run"
+
+
+def _unknown_paths(
+    tree: Mapping[str, Any], model: type[Section], prefix: KeyPath = ()
+) -> Iterator[KeyPath]:
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        inner = section_of(field.annotation) if field else None
+        if field is None:
+            yield (*prefix, key)
+        elif inner is not None and isinstance(value, dict):
+            yield from _unknown_paths(value, inner, (*prefix, key))
+
+
+def _nearest(
+    path: KeyPath,
+    model: type[Section],
+    known: list[KeyPath],
+    elsewhere: Mapping[KeyPath, str],
+) -> str:
+    key = path[-1]
+    siblings = _keys_of_section(path[:-1], model)
+    if close := get_close_matches(key, siblings, n=1):
+        return f"did you mean {dotted((*path[:-1], close[0]))}?"
+    same_key = [dotted(other) for other in known if other[-1] == key]
+    if same_key:
+        return f"it belongs to another section: {' or '.join(same_key)}."
+    if foreign := _in_other_phase(path, elsewhere):
+        return foreign
+    by_key = {other[-1]: other for other in reversed(known)}
+    joined = "_".join(path).replace(".", "_")
+    by_joined = {"_".join(other): other for other in known}
+    if close := get_close_matches(joined, list(by_joined), n=1, cutoff=0.8):
+        return f"did you mean {dotted(by_joined[close[0]])}?"
+    if close := get_close_matches(key, list(by_key), n=1, cutoff=0.75):
+        return f"did you mean {dotted(by_key[close[0]])}?"
+    return f"known there are {', '.join(siblings)}."
+
+
+def _in_other_phase(path: KeyPath, elsewhere: Mapping[KeyPath, str]) -> Optional[str]:
+    for other, phase in elsewhere.items():
+        if other == path or other[: len(path)] == path:
+            return f"it belongs to {phase}; remove it, or change `phase`."
+        if other[-1] == path[-1]:
+            return f"{phase} has it as {dotted(other)}; remove it, or change `phase`."
+    return None
+
+
+def _keys_of_section(path: KeyPath, model: type[Section]) -> list[str]:
+    section = model
+    for key in path:
+        inner = section_of(section.model_fields[key].annotation)
+        assert inner is not None, f"{path} is no section"
+        section = inner
+    return list(section.model_fields)
+
+
+def invalid_values(error: ValidationError, sources: Sources) -> list[tuple[KeyPath, str]]:
+    """Pydantic's findings as (path, text), each with place, value and what is allowed."""
+    found = []
+    for detail in error.errors(include_url=False):
+        path = tuple(str(key) for key in detail["loc"])
+        if detail["type"] == "missing":
+            section = sources.place(path[:-1])
+            where = f" (section at {section.text})" if section else ""
+            found.append((path, f"{dotted(path)} is missing{where}: it has no default; set it."))
+            continue
+        rule = _rule(detail["type"], detail.get("ctx", {}), detail["input"], detail["msg"])
+        found.append((path, f"{located(path, sources, detail['input'])} {rule}"))
+    return found
+
+
+def _rule(kind: str, limits: Mapping[str, Any], value: Any, message: str) -> str:
+    """What is allowed, after pydantic's error type and its context."""
+    if kind == "literal_error":
+        return _literal_rule(limits["expected"], value)
+    rules = {
+        "greater_than_equal": "must be at least {ge}.",
+        "greater_than": "must be greater than {gt}.",
+        "less_than_equal": "must be at most {le}.",
+        "less_than": "must be less than {lt}.",
+        "multiple_of": "must be a multiple of {multiple_of}.",
+        "string_pattern_mismatch": "must match {pattern} (letters, digits, '.', '_' and '-').",
+        "string_too_short": "must not be empty.",
+        "too_short": "must have at least {min_length} entries.",
+        "finite_number": "must be a finite number.",
+        "string_type": 'must be text; put it in quotes ("...").',
+        "path_type": "must be a path.",
+        "tuple_type": "must be a list, for example [a, b].",
+        "model_type": "must be a section with keys under it.",
+        "model_attributes_type": "must be a section with keys under it.",
+    }
+    if kind in rules:
+        return rules[kind].format(**limits)
+    if kind.startswith("int"):
+        return "must be a whole number."
+    if kind.startswith("float"):
+        return "must be a number."
+    if kind.startswith("bool"):
+        return "must be true or false."
+    return f"is refused: {message}."
+
+
+def _literal_rule(expected: str, value: Any) -> str:
+    choices = [text.strip("'") for text in expected.replace(" or ", ", ").split(", ")]
+    close = get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"must be one of {', '.join(choices)}.{hint}"
+
+
+def flags_where_numbers_belong(sources: Sources, model: type[Section]) -> list[tuple[KeyPath, str]]:
+    """`max_steps: yes` is 1 to pydantic; here it is a mistake."""
+    found = []
+    for path, field in fields_of(model):
+        if path not in sources.places or bool in _plain_types(field.annotation):
+            continue
+        if isinstance(sources.value(path), bool):
+            found.append((path, f"{located(path, sources)} must not be true or false."))
+    return found

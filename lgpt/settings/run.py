@@ -1,0 +1,165 @@
+"""Load and dump the settings of a run: defaults <- YAML <- environment <- command line.
+
+Relative paths inside a config (runs_folder, data.source, latent_cache, ...) are relative to the
+folder in which the command is started, not to the config file; only `extends` looks beside the file
+first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import yaml
+from pydantic import ValidationError
+
+from lgpt.core.errors import SettingsError
+from lgpt.settings.checks import contradictions, settings_without_effect
+from lgpt.settings.deepspeed import deepspeed_problems
+from lgpt.settings.explain import (
+    flags_where_numbers_belong,
+    invalid_values,
+    located,
+    section_of,
+    take_typed_text,
+    unknown_keys,
+)
+from lgpt.settings.phases import Phase1, Phase2, Phase3, RunSettings
+from lgpt.settings.sources import KeyPath, Sources, find_config, read_sources
+
+_PHASES: dict[int, type[Union[Phase1, Phase2, Phase3]]] = {1: Phase1, 2: Phase2, 3: Phase3}
+# Stand-ins for required values that are missing or wrong, so that the other checks can still run.
+_STAND_INS: dict[KeyPath, Any] = {("name",): "unnamed", ("training", "max_steps"): 10**9}
+
+
+def load_run_settings(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    environ: Optional[Mapping[str, str]] = None,
+    world_size: int = 1,
+) -> RunSettings:
+    """Read a run config and refuse it with every mistake in one message.
+
+    Args:
+        path: A YAML file, a run folder, or a shipped name such as `phase3_500m` or
+            `demo/phase3_shapes`.
+        overrides: `section.key=value` texts; values are YAML.
+        environ: Where `LGPT_SECTION__KEY` variables are looked up; default `os.environ`.
+        world_size: Ranks that will train; the batch must divide over them.
+
+    Returns:
+        Phase1, Phase2 or Phase3, frozen.
+
+    Raises:
+        SettingsError: All problems of the run config and of its DeepSpeed config, each with its
+            place.
+    """
+    sources = read_sources(path, overrides, os.environ if environ is None else environ)
+    problems = list(sources.problems)
+    model = _phase_model(sources, problems)
+    others = {f"phase {n}": other for n, other in _PHASES.items() if other is not model}
+    take_typed_text(sources, model)
+    texts, unknown = unknown_keys(sources, model, others)
+    problems.extend(texts)
+    for key_path in unknown:
+        sources.remove(key_path)
+
+    run, invalid = _validated(sources, model)
+    problems.extend(text for _, text in invalid)
+    bad_paths = [key_path for key_path, _ in invalid]
+    run = _without_inert(run, sources, problems, bad_paths)
+    found = [*contradictions(run, sources), *deepspeed_problems(run, world_size, sources)]
+    problems.extend(text for paths, text in found if not _touches(paths, bad_paths))
+    if problems:
+        raise SettingsError(problems, heading=str(find_config(path)))
+    return run
+
+
+def dump_run_settings(run: RunSettings) -> str:
+    """YAML of every value that has an effect; loads to an equal object."""
+    tree = run.model_dump(mode="json")
+    for path, _ in settings_without_effect(run):
+        _remove(tree, path)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _phase_model(sources: Sources, problems: list[str]) -> type[Union[Phase1, Phase2, Phase3]]:
+    """The phase that validates the tree; when `phase` is wrong, the one whose keys fit best."""
+    phase = sources.tree.get("phase")
+    if phase in _PHASES and not isinstance(phase, bool):
+        return _PHASES[phase]
+    if phase is None:
+        problems.append(
+            "phase is missing: set 1 (transformer on a pretrained VQ-VAE), 2 (the VQ-VAE) or "
+            "3 (transformer on your VQ-VAE)."
+        )
+    else:
+        problems.append(f"{located(('phase',), sources)} must be 1, 2 or 3.")
+    sources.tree.pop("phase", None)
+    return min(_PHASES.values(), key=lambda model: len(unknown_keys(sources, model, {})[0]))
+
+
+def _validated(
+    sources: Sources, model: type[Union[Phase1, Phase2, Phase3]]
+) -> tuple[RunSettings, list[tuple[KeyPath, str]]]:
+    """A valid tree whatever was written, with what had to be left out for it."""
+    for name, field in model.model_fields.items():
+        is_empty = sources.tree.get(name, {} if field.is_required() else 0) in (None, {})
+        if section_of(field.annotation) is not None and is_empty:
+            sources.places.pop((name,), None)
+            sources.tree[name] = {}  # `data:` with nothing under it
+    invalid = flags_where_numbers_belong(sources, model)
+    _repair(sources, [path for path, _ in invalid])
+    while True:
+        try:
+            return model.model_validate(sources.tree), invalid
+        except ValidationError as error:
+            found = invalid_values(error, sources)
+            invalid.extend(found)
+            _repair(sources, [path for path, _ in found])
+
+
+def _repair(sources: Sources, paths: Sequence[KeyPath]) -> None:
+    for path in paths:
+        while path and path[-1].isdigit():
+            path = path[:-1]
+        if path in _STAND_INS:
+            parent = sources.value(path[:-1]) if path[:-1] else sources.tree
+            parent[path[-1]] = _STAND_INS[path]
+        else:
+            _remove(sources.tree, path)
+
+
+def _remove(tree: dict[str, Any], path: KeyPath) -> None:
+    for key in path[:-1]:
+        tree = tree.get(key, {})
+    tree.pop(path[-1], None)
+
+
+def _touches(paths: Sequence[KeyPath], bad_paths: Sequence[KeyPath]) -> bool:
+    return any(
+        path[: len(bad)] == bad or bad[: len(path)] == path for path in paths for bad in bad_paths
+    )
+
+
+def _without_inert(
+    run: RunSettings, sources: Sources, problems: list[str], bad_paths: Sequence[KeyPath]
+) -> RunSettings:
+    """Drop inherited values that a later layer made void; others without effect are mistakes.
+
+    `conditioning=unconditional` on the command line voids the file's `text` section without a word;
+    a file that says both is contradictory.
+    """
+    found_any = False
+    for prefix, reason in settings_without_effect(run):
+        switch = sources.place(reason.switch)
+        for path in sources.written(prefix):
+            place = sources.places[path]
+            is_inherited = switch is not None and place.layer < switch.layer
+            if not is_inherited and not _touches([path, reason.switch], bad_paths):
+                problems.append(f"{located(path, sources)} has no effect {reason.text}; remove it.")
+            _remove(sources.tree, path)
+            found_any = True
+    return type(run).model_validate(sources.tree) if found_any else run
