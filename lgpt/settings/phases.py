@@ -100,3 +100,38 @@ class Phase3(_TransformerPhase):
 
 TransformerRun = Union[Phase1, Phase3]
 RunSettings = Annotated[Union[Phase1, Phase2, Phase3], Field(discriminator="phase")]
+
+
+def run_tags(run: RunSettings) -> dict[str, str]:
+    """MLflow tags that runs are filtered by."""
+    tags = {"phase": str(run.phase), "resolution": str(run.data.resolution)}
+    if isinstance(run, Phase2):
+        # It makes the custom VQ-VAE, and never sees a caption.
+        return {**tags, "vqvae_source": "custom", "conditioning": "unconditional"}
+    return {**tags, "vqvae_source": run.vqvae.source, "conditioning": run.conditioning}
+
+
+def logged_parameters(run: RunSettings) -> dict[str, object]:
+    """MLflow parameters that the run config knows; counted ones are added when the models exist."""
+    tags = run_tags(run)
+    parameters: dict[str, object] = {
+        "batch_size": run.batch.global_batch_images,
+        "learning_rate": run.optimizer.learning_rate,
+        "resolution": run.data.resolution,
+        "conditioning": tags["conditioning"],
+        "vqvae_source": tags["vqvae_source"],
+    }
+    if isinstance(run, Phase2):
+        return {
+            **parameters,
+            "vqvae_checkpoint": str(run.run_folder),
+            "codebook_size": run.vqvae.codebook_size,
+            "downsample_factor": run.vqvae.downsample_factor,
+        }
+    return {
+        **parameters,
+        "vqvae_checkpoint": run.vqvae.checkpoint,
+        "transformer_layers": run.transformer.layers,
+        "transformer_hidden": run.transformer.hidden,
+        "transformer_heads": run.transformer.heads,
+    }

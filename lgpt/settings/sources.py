@@ -21,6 +21,7 @@ KeyPath = tuple[str, ...]
 
 CONFIGS_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ENVIRONMENT_PREFIX = "LGPT_"
+_NOT_A_SETTING = "LGPT_REQUIRE_"  # speaks to the test suite
 _SHIPPED_PREFIX = "lgpt/configs/"
 _DEEPEST_NESTING = 12
 
@@ -123,7 +124,7 @@ def read_sources(
         _read_file(file, layer, sources)
     layer = 1000  # after all files
     for name in sorted(environ):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(_NOT_A_SETTING):
             path = tuple(name[len(ENVIRONMENT_PREFIX) :].lower().split("__"))
             place = Place(f"environment variable {name}", layer, is_typed_text=True)
             _put_text(sources, path, environ[name], place)
@@ -165,7 +166,7 @@ def find_config(config: str | Path) -> Path:
     name = str(config).removeprefix("./").removeprefix(_SHIPPED_PREFIX)
     shipped = CONFIGS_FOLDER / (name if name.endswith(".yaml") else f"{name}.yaml")
     if shipped.is_file() and not Path(name).is_absolute():
-        return shipped
+        return _short(shipped)
     names = shipped_configs()
     close = get_close_matches(name.removesuffix(".yaml"), names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -173,6 +174,14 @@ def find_config(config: str | Path) -> Path:
         f"no config file {str(config)!r}: {hint}it must be a YAML file, a run folder, "
         f"or one of the shipped configs {', '.join(names)}."
     )
+
+
+def _short(file: Path) -> Path:
+    """Relative to the current folder when it lies under it, for messages."""
+    try:
+        return file.relative_to(Path.cwd())
+    except ValueError:
+        return file
 
 
 def shipped_configs() -> list[str]:
