@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import write_json_atomically
 from lgpt.models.quantizer import VectorQuantizer
+from lgpt.models.strict_loading import load_strictly
 from lgpt.models.vqvae_blocks import Decoder, Encoder
 from lgpt.models.vqvae_config import VQVAEConfig
 
@@ -173,25 +174,3 @@ def inference_state(vqvae: VQVAE) -> dict[str, Tensor]:
     """The state dict without the quantizer's moving averages: exactly taming's keys."""
     training_only = ("quantize.ema_count", "quantize.ema_sum", "quantize.is_initialized")
     return {k: v for k, v in vqvae.state_dict().items() if k not in training_only}
-
-
-def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict` that names every missing, unexpected and misshapen key at once.
-
-    Raises:
-        CheckpointError: Anything does not fit; the model is left unchanged.
-    """
-    expected = model.state_dict()
-    problems = [f"missing {key}" for key in sorted(expected.keys() - state.keys())]
-    problems += [f"unexpected {key}" for key in sorted(state.keys() - expected.keys())]
-    problems += [
-        f"{key} is {list(state[key].shape)}, the config asks for {list(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (
-            f"; and {len(problems) - 8} more" if problems[8:] else ""
-        )
-        raise CheckpointError(f"{source} does not fit its config: {shown}.")
-    model.load_state_dict(state, strict=True)

@@ -1,0 +1,381 @@
+"""LatentGPT: a causal transformer that writes VQ tokens in raster order and reads text.
+
+Shapes: B batch, L image tokens, T text tokens, D width, V codes.
+Logits at position i predict token i from the start token and tokens < i.
+Every parameter is reached through the forward of the module that owns it, so that ZeRO-3 finds it
+both in training and in decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lgpt.core.errors import CheckpointError, SettingsError
+from lgpt.core.files import write_json_atomically
+from lgpt.models.attention import (
+    CrossAttention,
+    ResidualLinear,
+    Rope2d,
+    SelfAttention,
+    build_norm,
+    choose_kernel,
+)
+from lgpt.models.kv_cache import DecodingState, LayerCache
+from lgpt.models.strict_loading import load_strictly
+from lgpt.models.token_head import TokenHead
+from lgpt.settings.transformer import TransformerSettings
+
+_MODEL_TYPE = "lgpt_latent_gpt"
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentGPTConfig:
+    """The model's shape; names as in `TransformerSettings`, plus what the data decide.
+
+    Attributes:
+        codebook_size: V.
+        grid_height: Rows of the token grid.
+        grid_width: Columns.
+        text_width: Width of the text embeddings; None for an unconditional model.
+    """
+
+    codebook_size: int
+    grid_height: int
+    grid_width: int
+    text_width: Optional[int] = None
+    layers: int = 24
+    hidden: int = 1024
+    heads: int = 16
+    mlp: str = "swiglu"
+    mlp_hidden: Optional[int] = None
+    norm: str = "rmsnorm"
+    positions: str = "rope2d"
+    qk_norm: bool = True
+    dropout: float = 0.0
+    cond_drop: float = 0.1
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise SettingsError(
+                f"transformer.hidden ({self.hidden}) must be a multiple of transformer.heads "
+                f"({self.heads})."
+            )
+        if self.positions == "rope2d" and self.head_width % 4:
+            raise SettingsError(
+                f"transformer.positions 'rope2d' needs a head width that 4 divides; hidden / heads "
+                f"= {self.hidden} / {self.heads} = {self.head_width}."
+            )
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: TransformerSettings,
+        codebook_size: int,
+        grid: tuple[int, int],
+        text_width: Optional[int],
+    ) -> LatentGPTConfig:
+        """The model that a run config describes, for a given VQ-VAE and text encoder."""
+        return cls(codebook_size, grid[0], grid[1], text_width, **settings.model_dump())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatentGPTConfig:
+        """Back from `to_dict`; CheckpointError for unknown or missing fields."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise CheckpointError(
+                f"LatentGPT config has unknown fields {unknown}; known are {sorted(known)}."
+            )
+        if missing := sorted({"codebook_size", "grid_height", "grid_width"} - set(values)):
+            raise CheckpointError(f"LatentGPT config lacks {missing}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one picture."""
+        return self.grid_height * self.grid_width
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+
+class FeedForward(nn.Module):
+    """SwiGLU or GELU."""
+
+    def __init__(self, config: LatentGPTConfig) -> None:
+        super().__init__()
+        inner = config.mlp_hidden or 4 * config.hidden
+        self.is_gated = config.mlp == "swiglu"
+        self.up = nn.Linear(config.hidden, 2 * inner if self.is_gated else inner, bias=False)
+        self.down = ResidualLinear(inner, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_gated:
+            return self.down(F.gelu(self.up(x)))
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Pre-norm: causal self-attention, cross-attention to the text, feed-forward."""
+
+    def __init__(self, config: LatentGPTConfig) -> None:
+        super().__init__()
+        c = config
+        self.self_norm = build_norm(c.norm, c.hidden)
+        self.self_attention = SelfAttention(c.hidden, c.heads, c.norm, c.qk_norm)
+        self.cross_norm = build_norm(c.norm, c.hidden)
+        text_width = c.text_width or c.hidden
+        self.cross_attention = CrossAttention(c.hidden, text_width, c.heads, c.norm, c.qk_norm)
+        self.mlp_norm = build_norm(c.norm, c.hidden)
+        self.mlp = FeedForward(c)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotation: Optional[tuple[Tensor, Tensor]],
+        text: Tensor,
+        text_mask: Optional[Tensor],
+        kernel: str,
+    ) -> Tensor:
+        """All positions at once."""
+        attended = self.self_attention(self.self_norm(x_BLD), rotation, kernel)
+        x_BLD = x_BLD + self.dropout(attended)
+        keys, values = self.cross_attention.keys_values(text)
+        attended = self.cross_attention(self.cross_norm(x_BLD), keys, values, text_mask)
+        x_BLD = x_BLD + self.dropout(attended)
+        return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
+
+    def decode(
+        self,
+        x_B1D: Tensor,
+        rotation: Optional[tuple[Tensor, Tensor]],
+        state: DecodingState,
+        layer: int,
+        kernel: str,
+    ) -> Tensor:
+        """One position, with the cache of layer `layer`."""
+        x_B1D = x_B1D + self.self_attention(
+            self.self_norm(x_B1D), rotation, kernel, state.layers[layer], state.position
+        )
+        x_B1D = x_B1D + self.cross_attention(
+            self.cross_norm(x_B1D),
+            state.text_keys[layer],
+            state.text_values[layer],
+            state.text_mask,
+        )
+        return x_B1D + self.mlp(self.mlp_norm(x_B1D))
+
+
+class LatentGPT(nn.Module):
+    """The transformer.
+
+    Text enters through cross-attention. The learned null embedding stands as text token 0 of every
+    sample, seen by the samples without text and by nobody else; their captions are not seen. An
+    unconditional model sees the null embedding only.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: LatentGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        text_width = config.text_width or config.hidden
+        self.token_embedding = nn.Embedding(config.codebook_size, config.hidden)
+        self.start_embedding = nn.Embedding(1, config.hidden)
+        self.null_embedding = nn.Embedding(1, text_width)
+        self.text_norm = build_norm(config.norm, text_width)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.num_tokens, config.hidden)
+        else:
+            self.rope = Rope2d(config.grid_height, config.grid_width, config.head_width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = build_norm(config.norm, config.hidden)
+        self.head = TokenHead(config.hidden, config.codebook_size)
+        # `apply`, because under zero.Init it gathers what is already partitioned.
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        """N(0, 0.02); what is added to the residual stream smaller, as GPT-2; the head stays 0."""
+        if isinstance(module, ResidualLinear):
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.layers))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        text: Optional[Float[Tensor, "batch words text_width"]] = None,
+        text_mask: Optional[Bool[Tensor, "batch words"]] = None,
+        *,
+        targets: Optional[Int[Tensor, "batch length"]] = None,
+        null_text: Optional[Bool[Tensor, " batch"]] = None,
+    ) -> Union[Float[Tensor, "batch length codes"], Float[Tensor, ""]]:
+        """Logits [B, L, V] of every token, or with targets the mean cross-entropy in nats.
+
+        Args:
+            tokens: Picture tokens in raster order; the start token is put in front here.
+            text: Text embeddings; None reads the null embedding.
+            text_mask: True where a text position holds a word; None counts every position.
+            targets: What each position should predict, usually `tokens` itself.
+            null_text: Samples that read the null embedding instead of their text. In training
+                mode more are drawn with probability `cond_drop`.
+        """
+        batch = tokens.shape[0]
+        if self.training and text is not None and self.config.cond_drop > 0:
+            dropped = torch.rand(batch, device=tokens.device) < self.config.cond_drop
+            null_text = dropped if null_text is None else null_text | dropped
+        starts = torch.zeros(batch, 1, dtype=torch.long, device=tokens.device)
+        embedded = [self.start_embedding(starts), self.token_embedding(tokens[:, :-1])]
+        x_BLD, rotation = self._with_positions(torch.cat(embedded, dim=1), 0)
+        x_BLD = self.dropout(x_BLD)
+        context, context_mask = self._context(batch, text, text_mask, null_text, x_BLD)
+        kernel = self._kernel(x_BLD)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, rotation, context, context_mask, kernel)
+        return self.head(self.final_norm(x_BLD), targets)
+
+    @torch.no_grad()
+    def start_decoding(
+        self,
+        text: Optional[Float[Tensor, "batch words text_width"]] = None,
+        text_mask: Optional[Bool[Tensor, "batch words"]] = None,
+        null_text: Optional[Bool[Tensor, " batch"]] = None,
+        max_batch: Optional[int] = None,
+    ) -> DecodingState:
+        """Lay out the caches of a batch of pictures and compute the text's keys and values.
+
+        Args:
+            text: Text embeddings, one row a picture; None reads the null embedding.
+            text_mask: As in `forward`.
+            null_text: As in `forward`.
+            max_batch: Number of pictures, needed when there is no text.
+        """
+        batch = max_batch if text is None else text.shape[0]
+        assert batch is not None, "start_decoding needs text or max_batch"
+        device = self.start_embedding.weight.device
+        start = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
+        context, context_mask = self._context(batch, text, text_mask, null_text, start)
+        pairs = [block.cross_attention.keys_values(context) for block in self.blocks]
+        shape = (batch, self.config.num_tokens, self.config.heads, self.config.head_width)
+        return DecodingState(
+            layers=[LayerCache(start.new_zeros(shape), start.new_zeros(shape)) for _ in pairs],
+            text_keys=[keys for keys, _ in pairs],
+            text_values=[values for _, values in pairs],
+            text_mask=context_mask,
+        )
+
+    @torch.no_grad()
+    def decode_next(
+        self, tokens: Optional[Int[Tensor, " batch"]], state: DecodingState
+    ) -> Float[Tensor, "batch codes"]:
+        """Read one token a picture (None: the start token) and give the next token's logits."""
+        assert (tokens is None) == (state.position == 0), "the start token comes first, and once"
+        if tokens is None:
+            batch, device = state.text_keys[0].shape[0], state.text_keys[0].device
+            x_B1D = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
+        else:
+            x_B1D = self.token_embedding(tokens.unsqueeze(1))
+        x_B1D, rotation = self._with_positions(x_B1D, state.position)
+        kernel = self._kernel(x_B1D)
+        for layer, block in enumerate(self.blocks):
+            x_B1D = block.decode(x_B1D, rotation, state, layer, kernel)
+        state.position += 1
+        return self.head(self.final_norm(x_B1D))[:, 0]
+
+    def _with_positions(
+        self, x_BLD: Tensor, start: int
+    ) -> tuple[Tensor, Optional[tuple[Tensor, Tensor]]]:
+        length = x_BLD.shape[1]
+        assert start + length <= self.config.num_tokens, (start, length, self.config.num_tokens)
+        if self.config.positions == "rope2d":
+            return x_BLD, self.rope(start, length, x_BLD.dtype)
+        places = torch.arange(start, start + length, device=x_BLD.device)
+        return x_BLD + self.position_embedding(places), None
+
+    def _context(
+        self,
+        batch: int,
+        text: Optional[Tensor],
+        text_mask: Optional[Tensor],
+        null_text: Optional[Tensor],
+        like: Tensor,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Null embedding and text behind it [B, 1+T, .], and who sees what [B, 1, 1, 1+T]."""
+        null = self.null_embedding(torch.zeros(batch, 1, dtype=torch.long, device=like.device))
+        if text is None:
+            return self.text_norm(null), None
+        if text.shape[2] != self.config.text_width:
+            raise ValueError(
+                f"text embeddings have width {text.shape[2]}, this model was built for "
+                f"{self.config.text_width or 'no text at all (unconditional)'}."
+            )
+        if text_mask is None:
+            text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        is_null = ~text_mask.any(dim=1)  # a caption without a word has nothing else to look at
+        if null_text is not None:
+            is_null = is_null | null_text
+        mask = torch.cat([is_null[:, None], text_mask & ~is_null[:, None]], dim=1)
+        context = torch.cat([null, text.to(null.dtype)], dim=1)
+        return self.text_norm(context), mask[:, None, None, :]
+
+    def _kernel(self, x: Tensor) -> str:
+        return choose_kernel(self.config.attention, x.device.type, x.dtype, self.config.head_width)
+
+    def num_parameters(self) -> int:
+        """Number of trained numbers (also where ZeRO-3 holds only a part of each tensor)."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())
+
+    def save_pretrained(self, folder: Union[str, Path]) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        state = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+        }
+        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+        values = {"model_type": _MODEL_TYPE, **self.config.to_dict()}
+        write_json_atomically(target / "config.json", values)
+
+    @classmethod
+    def from_pretrained(cls, folder: Union[str, Path]) -> LatentGPT:
+        """Read a model folder: float32, eval mode, on the CPU.
+
+        The attention kernel is chosen anew for this machine (`auto`), whatever training used.
+
+        Raises:
+            CheckpointError: The folder is no LatentGPT, or keys or shapes differ from its config.
+        """
+        config_path, weights_path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{folder} is not a model folder: {path.name} is missing. A model folder is "
+                    "what `lgpt convert RUN FOLDER` writes."
+                )
+        values = json.loads(config_path.read_text())
+        if values.pop("model_type", None) != _MODEL_TYPE:
+            raise CheckpointError(f"{config_path} does not describe a LatentGPT (model_type).")
+        config = LatentGPTConfig.from_dict({**values, "attention": "auto"})
+        model = cls(config)
+        load_strictly(model, load_file(weights_path), str(weights_path))
+        return model.eval()
