@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Literal, Protocol, Union
+from typing import Literal, Protocol, Union, runtime_checkable
 
 from PIL import Image, ImageOps
 
@@ -23,6 +23,7 @@ class BadImage(DataError):  # noqa: N818 - a thing to skip, an error only in num
     """One picture that is corrupt or missing; `BadImages` decides whether to go on without it."""
 
 
+@runtime_checkable
 class CaptionedDataset(Protocol):
     """One split of pictures with captions, in a fixed order.
 

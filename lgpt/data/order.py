@@ -11,7 +11,7 @@ Only raw Philox words are used: numpy guarantees that stream over its versions, 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Union
+from typing import Callable, Union
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class SampleOrder:
         chosen = (words * np.asarray(num_choices_per_item, dtype=np.uint64)) >> np.uint64(32)
         return chosen.astype(np.int64)
 
-    def _gather(self, of_epoch, start: int, count: int) -> np.ndarray:  # type: ignore[no-untyped-def]
+    def _gather(self, of_epoch: Callable[[int], np.ndarray], start: int, count: int) -> np.ndarray:
         pieces = []
         end = start + count
         while start < end:
