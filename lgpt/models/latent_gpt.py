@@ -237,13 +237,12 @@ class LatentGPT(nn.Module):
             text: Text embeddings; None reads the null embedding.
             text_mask: True where a text position holds a word; None counts every position.
             targets: What each position should predict, usually `tokens` itself.
-            null_text: Samples that read the null embedding instead of their text. In training
-                mode more are drawn with probability `cond_drop`.
+            null_text: Samples that read the null embedding instead of their text. None draws them
+                with probability `cond_drop` in training mode and means nobody otherwise.
         """
         batch = tokens.shape[0]
-        if self.training and text is not None and self.config.cond_drop > 0:
-            dropped = torch.rand(batch, device=tokens.device) < self.config.cond_drop
-            null_text = dropped if null_text is None else null_text | dropped
+        if null_text is None and self.training and text is not None:
+            null_text = torch.rand(batch, device=tokens.device) < self.config.cond_drop
         starts = torch.zeros(batch, 1, dtype=torch.long, device=tokens.device)
         embedded = [self.start_embedding(starts), self.token_embedding(tokens[:, :-1])]
         x_BLD, rotation = self._with_positions(torch.cat(embedded, dim=1), 0)
