@@ -29,6 +29,7 @@ class RunTracker:
         self._metrics_file = metrics_file
         self._shipper = shipper
         self._has_told_disk_error = False
+        self._is_finished = False
 
     @classmethod
     def start(
@@ -99,10 +100,15 @@ class RunTracker:
     def finish(self, status: str, deadline_seconds: float = 30.0) -> None:
         """Send the rest, close the run as FINISHED, KILLED or FAILED. Never raises.
 
+        Called again, as by an error handler further out, it does nothing: the first status stands.
+
         Args:
             status: MLflow's word for how the run ended.
             deadline_seconds: How long MLflow may take; what is not sent then can be sent later.
         """
+        if self._is_finished:
+            return
+        self._is_finished = True
         self._metrics_file.close()
         if self._shipper is not None and not self._shipper.stop(status, deadline_seconds):
             _log.warning(
