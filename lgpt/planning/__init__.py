@@ -1,1 +1,1 @@
-"""Parameters, memory and time, counted without torch."""
+"""What a run will cost, counted from its settings without torch."""

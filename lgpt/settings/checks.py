@@ -16,6 +16,8 @@ from lgpt.settings.vqvae import VqvaeSettings, VqvaeSourceSettings
 Problem = tuple[Sequence[KeyPath], str]
 _DALLE_MINI = VqvaeSourceSettings.model_fields["checkpoint"].default
 
+_SQUARE = ("shapes", "openmoji")
+
 
 @dataclass(frozen=True)
 class Void:
@@ -72,6 +74,7 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     if isinstance(run, Phase2):
         problems += _vqvae(run.vqvae, run.data, at)
         return problems
+    problems += _true_captions(run, at)
     problems += _vqvae_source(run, at)
     problems += _transformer(run, at)
     problems += _sampling(run, at)
@@ -131,6 +134,35 @@ def _data(data: DataSettings, at: At) -> list[Problem]:
             "and there is one; set data.crops to 2 or more, or data.flip to false."
         )
         problems.append(_problem(text, "data.flip", "data.crops"))
+    different = 2 if data.flip else 1
+    if data.dataset in _SQUARE and data.crop_scale_min == 1 and data.crops > different:
+        text = (
+            f"{at('data.crops')} makes the same crops again: pictures of {at('data.dataset')} are "
+            f"square and {at('data.crop_scale_min')} takes them whole; set data.crops to "
+            f"{different} or data.crop_scale_min below 1."
+        )
+        names = ("data.crops", "data.crop_scale_min", "data.dataset", "data.flip")
+        problems.append(_problem(text, *names))
+    return problems
+
+
+def _true_captions(run: TransformerRun, at: At) -> list[Problem]:
+    """Captions of drawn scenes tell place and size, which mirroring and cutting change."""
+    if run.data.dataset != "shapes" or run.conditioning == "unconditional":
+        return []
+    problems = []
+    if run.data.flip:
+        text = (
+            f"{at('data.flip')} makes captions of {at('data.dataset')} false, which say left and "
+            "right; set it to false."
+        )
+        problems.append(_problem(text, "data.flip", "data.dataset"))
+    if run.data.crop_scale_min < 1:
+        text = (
+            f"{at('data.crop_scale_min')} makes captions of {at('data.dataset')} false, which say "
+            "size and place; set it to 1."
+        )
+        problems.append(_problem(text, "data.crop_scale_min", "data.dataset"))
     return problems
 
 

@@ -86,7 +86,8 @@ def deepspeed_problems(
         path: KeyPath = ("deepspeed",)
         named = sources is not None and sources.place(path) is not None
         start = f"{located(path, sources)}: " if named and sources is not None else ""
-        return [([path], start + problem) for problem in error.problems]
+        found: list[Problem] = [([path], start + problem) for problem in error.problems]
+        return _batch_problems(run, world_size) + found
 
 
 def shipped_deepspeed_configs() -> list[str]:

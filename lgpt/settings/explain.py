@@ -121,7 +121,11 @@ def _nearest(
 ) -> str:
     key = path[-1]
     siblings = _keys_of_section(path[:-1], model)
-    if close := get_close_matches(key, siblings, n=1):
+    by_joined = {"_".join(other): other for other in known}
+    if close := get_close_matches("_".join(path), list(by_joined), n=1, cutoff=0.9):
+        # LGPT_TRAINING_MAX_STEPS for LGPT_TRAINING__MAX_STEPS; trainning.max_steps
+        return f"did you mean {dotted(by_joined[close[0]])}?"
+    if close := get_close_matches(key, siblings, n=1, cutoff=0.7):
         return f"did you mean {dotted((*path[:-1], close[0]))}?"
     same_key = [dotted(other) for other in known if other[-1] == key]
     if same_key:
@@ -129,10 +133,6 @@ def _nearest(
     if foreign := _in_other_phase(path, elsewhere):
         return foreign
     by_key = {other[-1]: other for other in reversed(known)}
-    joined = "_".join(path).replace(".", "_")
-    by_joined = {"_".join(other): other for other in known}
-    if close := get_close_matches(joined, list(by_joined), n=1, cutoff=0.8):
-        return f"did you mean {dotted(by_joined[close[0]])}?"
     if close := get_close_matches(key, list(by_key), n=1, cutoff=0.75):
         return f"did you mean {dotted(by_key[close[0]])}?"
     return f"known there are {', '.join(siblings)}."
