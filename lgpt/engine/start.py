@@ -108,11 +108,12 @@ class Float32Products(TorchFunctionMode):
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func not in self._PRODUCTS or not _first_tensor_is_bf16(args):
             return func(*args, **kwargs)
+        out = kwargs.pop("out", None)
         product = func(*_as_float32(args), **{key: _as_float32(v) for key, v in kwargs.items()})
-        return product.to(torch.bfloat16)
+        return product.to(torch.bfloat16) if out is None else out.copy_(product)
 
 
 def _first_tensor_is_bf16(args: Any) -> bool:

@@ -49,6 +49,14 @@ def test_attention_with_a_mask_and_float32_products_is_plain_attention():
     torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=1e-2)
 
 
+def test_a_product_lands_in_the_tensor_it_is_asked_to_fill():
+    a, b = torch.randn(3, 16).bfloat16(), torch.randn(16, 5).bfloat16()
+    filled = torch.full((3, 5), 7.0).bfloat16()
+    with Float32Products():
+        torch.mm(a, b, out=filled)
+    torch.testing.assert_close(filled.double(), a.double() @ b.double(), rtol=2**-7, atol=1e-3)
+
+
 def test_other_types_pass_untouched():
     a = torch.randn(4, 8, dtype=torch.float64)
     with Float32Products():
