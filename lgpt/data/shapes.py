@@ -61,7 +61,7 @@ _DRAWING_VERSION = 1  # part of the fingerprint: raise it when any picture or ca
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: what its caption says of it, and how far it lies off the nominal place and size."""
+    """One shape: what its caption says, and how far it lies off the nominal place and size."""
 
     shape: str
     colour: str
@@ -122,7 +122,7 @@ def coverage(
 
 
 def draw(scene: Scene, resolution: int) -> Image.Image:
-    """The picture of a scene, RGB, square, with smooth edges; `resolution` is its side in pixels."""
+    """The picture of a scene, RGB and square, with smooth edges; `resolution` in pixels."""
     picture = np.empty((resolution, resolution, 3), dtype=np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:

@@ -1,8 +1,8 @@
 """Reads a picture of shapes back into words, and compares them with what it should show.
 
 The picture is read without knowing the scene: background and colours by the nearest named colour,
-shape and size by the drawn template that fits best, position by the centre of mass. Only then is the
-reading compared with the scene, attribute by attribute. Blur, as a VQ-VAE leaves it, costs little
+shape and size by the drawn template that fits best, position by the centre of mass. Only then is it
+compared with the scene, attribute by attribute. Blur, as a VQ-VAE leaves it, costs little
 because templates are compared by how much of each pixel an object covers.
 """
 
@@ -108,7 +108,7 @@ def read_picture(image: Image.Image) -> tuple[str, list[SeenObject]]:
 
 def _read_background(
     pixels: Float[np.ndarray, "side side 3"],
-) -> tuple[str, Float[np.ndarray, "3"]]:
+) -> tuple[str, Float[np.ndarray, " 3"]]:
     """The background colour most pixels are nearest to, and those pixels' median colour."""
     palette = np.asarray([*BACKGROUNDS.values(), *COLOURS.values()], dtype=np.float32)
     nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
@@ -121,7 +121,7 @@ def _read_background(
 
 def _read_object(
     pixels: Float[np.ndarray, "side side 3"],
-    ground: Float[np.ndarray, "3"],
+    ground: Float[np.ndarray, " 3"],
     distance: Float[np.ndarray, "side side"],
     region: Bool[np.ndarray, "side side"],
 ) -> SeenObject:
@@ -154,7 +154,7 @@ def _read_outline(alpha: Float[np.ndarray, "side side"], x: float, y: float) -> 
     return shape, size
 
 
-def _nearest_colour(colour: Float[np.ndarray, "3"], palette: Mapping[str, Rgb]) -> str:
+def _nearest_colour(colour: Float[np.ndarray, " 3"], palette: Mapping[str, Rgb]) -> str:
     return min(palette, key=lambda name: float(((colour - palette[name]) ** 2).sum()))
 
 
