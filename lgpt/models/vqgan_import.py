@@ -1,0 +1,253 @@
+"""VQ-VAEs from elsewhere, read as data: never is anything unpickled into code.
+
+    pretrained_taming   a taming-transformers .ckpt and its model.yaml
+    pretrained_hf       its Flax port (vqgan-jax): config.json and flax_model.msgpack
+    custom              our own folder, or a phase 2 run folder with `model/` inside
+
+Layouts: REFERENCE of the formats is the code of taming-transformers 3ba01b24 and vqgan-jax 10ef240.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+import yaml
+from torch import Tensor
+
+from lgpt.core.errors import CheckpointError, SettingsError
+from lgpt.core.files import write_text_atomically
+from lgpt.core.logging import get_logger
+from lgpt.models.flax_weights import read_flax_folder
+from lgpt.models.strict_loading import load_strictly
+from lgpt.models.taming_checkpoint import read_taming_state
+from lgpt.models.vqvae import VQVAE, inference_state
+from lgpt.models.vqvae_config import VQVAEConfig
+
+_logger = get_logger(__name__)
+
+_INPUT_RANGES = ("-1..1", "0..1")
+_FIXED_DDCONFIG = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
+_SHAPING_DDCONFIG = (
+    "z_channels",
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+    "resolution",
+)
+
+
+def load_vqvae(
+    source: str,
+    checkpoint: Union[str, Path],
+    ddconfig: Optional[Union[str, Path]] = None,
+    input_range: str = "-1..1",
+) -> VQVAE:
+    """Open a trained VQ-VAE on the CPU, in float32 and eval mode; every weight must fit.
+
+    What matched is logged and kept in `vqvae.report`.
+
+    Args:
+        source: `pretrained_hf`, `pretrained_taming` or `custom`.
+        checkpoint: Hub name, folder or file.
+        ddconfig: The model.yaml of a taming .ckpt, when it does not lie beside it.
+        input_range: `0..1` for weights that are to be fed as dalle-mini's notebooks did. The
+            pictures that `encode` takes and `decode` gives are in [-1, 1] either way.
+
+    Raises:
+        CheckpointError: Files are missing, damaged, unsafe, or not such a VQ-VAE.
+        SettingsError: An unknown source or input range.
+    """
+    if input_range not in _INPUT_RANGES:
+        raise SettingsError(f"input_range must be one of {_INPUT_RANGES}, got {input_range!r}.")
+    if ddconfig is not None and source != "pretrained_taming":
+        raise SettingsError(f"ddconfig belongs to pretrained_taming only, the source is {source}.")
+    if source == "custom":
+        return _load_custom(Path(checkpoint), input_range)
+    if source == "pretrained_taming":
+        return _load_taming(Path(checkpoint), ddconfig, input_range)
+    if source == "pretrained_hf":
+        return _load_flax(str(checkpoint), input_range)
+    raise SettingsError(
+        f"vqvae source {source!r} is not known: pretrained_hf, pretrained_taming or custom."
+    )
+
+
+def _load_custom(folder: Path, input_range: str) -> VQVAE:
+    home = next((f for f in (folder, folder / "model") if (f / "config.json").is_file()), None)
+    if home is None:
+        raise CheckpointError(
+            f"{folder} holds no VQ-VAE: neither config.json nor model/config.json is there. Give a "
+            "VQ-VAE folder, or the run folder of a finished phase 2 run."
+        )
+    vqvae = VQVAE.from_pretrained(home)
+    if input_range != vqvae.config.input_range:
+        raise CheckpointError(
+            f"{home} was made for pictures in {vqvae.config.input_range}, input_range asks for "
+            f"{input_range}; leave input_range at {vqvae.config.input_range}."
+        )
+    return _reported(vqvae, f"custom VQ-VAE {home}: all {len(vqvae.state_dict())} tensors matched")
+
+
+def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_range: str) -> VQVAE:
+    weights = _taming_file(checkpoint)
+    config_path = Path(ddconfig) if ddconfig is not None else _yaml_beside(weights)
+    config = _config_from_yaml(config_path, input_range)
+    state, remarks = read_taming_state(weights)
+    vqvae = VQVAE(config)
+    load_strictly(vqvae, state, str(weights))
+    return _reported(
+        vqvae,
+        f"taming VQGAN {weights} with {config_path.name}: all {len(state)} tensors matched",
+        *remarks,
+    )
+
+
+def _load_flax(checkpoint: str, input_range: str) -> VQVAE:
+    folder = _local_or_downloaded(checkpoint)
+    values, state = read_flax_folder(folder)
+    config = _config_from_ddconfig(
+        values, values.get("n_embed"), values.get("embed_dim"), folder / "config.json", input_range
+    )
+    vqvae = VQVAE(config)
+    load_strictly(vqvae, state, str(folder / "flax_model.msgpack"))
+    return _reported(vqvae, f"Flax VQGAN {checkpoint}: all {len(state)} tensors matched")
+
+
+def _reported(vqvae: VQVAE, *facts: str) -> VQVAE:
+    config = vqvae.config
+    shape = (
+        f"{config.codebook_size} codes of width {config.code_dim}, f={config.downsample_factor}, "
+        f"pictures in {config.input_range}"
+    )
+    vqvae.report = (*facts, shape)
+    for fact in vqvae.report:
+        _logger.info("%s", fact)
+    return vqvae.eval()
+
+
+def _taming_file(checkpoint: Path) -> Path:
+    if checkpoint.is_file():
+        return checkpoint
+    # taming's logs/<run>/ keeps weights and configs in sub folders.
+    for folder in (checkpoint, checkpoint / "checkpoints"):
+        for name in ("last.ckpt", "model.ckpt"):
+            if (folder / name).is_file():
+                return folder / name
+    raise CheckpointError(
+        f"{checkpoint} is neither a .ckpt file nor a folder with last.ckpt or model.ckpt in it."
+    )
+
+
+def _yaml_beside(weights: Path) -> Path:
+    beside = (weights.parent / "model.yaml", weights.with_suffix(".yaml"))
+    found = [path for path in beside if path.is_file()]
+    # taming's training writes configs/<time>-project.yaml beside checkpoints/.
+    found += sorted((weights.parent.parent / "configs").glob("*project.yaml"))
+    if not found:
+        raise CheckpointError(
+            f"{weights} has no model.yaml beside it, and a taming .ckpt does not hold its own "
+            "architecture; put the model's yaml there or name it in vqvae.ddconfig."
+        )
+    return found[0]
+
+
+def _config_from_yaml(path: Path, input_range: str) -> VQVAEConfig:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    try:
+        params = document["model"]["params"]
+        if "first_stage_config" in params:  # the yaml of a second-stage (Net2Net) model
+            params = params["first_stage_config"]["params"]
+        values, codes, width = params["ddconfig"], params["n_embed"], params["embed_dim"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the yaml of a taming VQGAN: model.params needs ddconfig, n_embed and "
+            "embed_dim."
+        ) from error
+    return _config_from_ddconfig(values, codes, width, path, input_range)
+
+
+def _config_from_ddconfig(
+    values: Mapping[str, Any], codes: Any, width: Any, path: Path, input_range: str
+) -> VQVAEConfig:
+    given = {**values, "n_embed": codes, "embed_dim": width}
+    needed = (*_SHAPING_DDCONFIG, "n_embed", "embed_dim")
+    problems = [f"{key} is missing" for key in needed if given.get(key) is None]
+    problems += [
+        f"{key} is {values[key]}, only {expected} is supported"
+        for key, expected in _FIXED_DDCONFIG.items()
+        if key in values and values[key] != expected
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}.")
+    shape = {key: values[key] for key in _SHAPING_DDCONFIG}
+    return VQVAEConfig.from_dict(
+        {"codebook_size": codes, "code_dim": width, "input_range": input_range, **shape}
+    )
+
+
+def _local_or_downloaded(checkpoint: str) -> Path:
+    """A folder as it is; otherwise a hub name, from the local hub cache or the hub."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["config.json", "flax_model.msgpack"]
+        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
+    except Exception as error:
+        # The hub client has its own tree of errors, over http, file and value errors.
+        raise CheckpointError(
+            f"VQ-VAE {checkpoint!r} is neither a folder nor a reachable hub model ({error}). Give "
+            "a folder with config.json and flax_model.msgpack."
+        ) from error
+
+
+def export_taming(vqvae: VQVAE, folder: Union[str, Path]) -> Path:
+    """Write `last.ckpt` and `model.yaml` that taming's strict `VQModel` load takes.
+
+    Args:
+        vqvae: Not with l2-normalized codes: taming's decoder would get other vectors.
+        folder: Made if need be.
+
+    Returns:
+        The .ckpt.
+
+    Raises:
+        CheckpointError: The VQ-VAE uses what taming does not have.
+    """
+    config = vqvae.config
+    if config.l2_normalized_codes:
+        raise CheckpointError(
+            "taming-transformers has no l2-normalized codes: a VQ-VAE with "
+            "vqvae.l2_normalized_codes cannot be exported to its layout."
+        )
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    ddconfig = {
+        **{key: config.to_dict()[key] for key in _SHAPING_DDCONFIG},
+        **{key: _FIXED_DDCONFIG[key] for key in ("double_z", "in_channels", "out_ch")},
+        "dropout": config.dropout,
+    }
+    params = {
+        "embed_dim": config.code_dim,
+        "n_embed": config.codebook_size,
+        "ddconfig": ddconfig,
+        "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
+    }
+    document = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
+    head = f"# Written by lgpt; pictures in {config.input_range}.\n"
+    write_text_atomically(target / "model.yaml", head + yaml.safe_dump(document, sort_keys=False))
+    state: dict[str, Tensor] = {
+        name: tensor.detach().cpu().float().contiguous()
+        for name, tensor in inference_state(vqvae).items()
+    }
+    staged = target / ".last.ckpt.tmp"
+    torch.save({"state_dict": state}, staged)
+    return staged.replace(target / "last.ckpt")
