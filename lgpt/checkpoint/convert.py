@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class _Shards:
     stage: int
     flat: list[list[Tensor]]
     models: list[Mapping[str, Any]]
-    alignment_paddings: Sequence[Sequence[int]] | None
+    alignment_paddings: Optional[Sequence[Sequence[int]]]
 
     @property
     def group_shapes(self) -> list[Mapping[str, torch.Size]]:

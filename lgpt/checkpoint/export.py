@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lgpt import __version__
 from lgpt.checkpoint.convert import merged_weights
 from lgpt.checkpoint.manifest import FILE_NAME as MANIFEST
 from lgpt.checkpoint.manifest import Manifest, list_files, read_manifest
-from lgpt.checkpoint.model_card import model_card, source_commit
+from lgpt.checkpoint.model_card import Export, model_card, source_commit
 from lgpt.checkpoint.store import newest_checkpoint, verify
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.files import (
@@ -47,27 +47,6 @@ _PROVENANCE = "export.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Export:
-    """What was made.
-
-    Attributes:
-        folder: The model folder.
-        kind: What config.json describes: latent_gpt or vqvae.
-        step: Optimizer steps of the checkpoint.
-        num_parameters: Counted on the model.
-        dtype: fp32 or bf16.
-        files: sha256 of every file but export.json and README.md.
-    """
-
-    folder: Path
-    kind: str
-    step: int
-    num_parameters: int
-    dtype: str
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -181,7 +160,7 @@ def _save_vqvae(described: Mapping[str, Any], folder: Path) -> None:
     vqvae.save_pretrained(folder)
 
 
-def _save_text_encoder(described: Mapping[str, Any] | None, staging: Path) -> str | None:
+def _save_text_encoder(described: Optional[Mapping[str, Any]], staging: Path) -> Optional[str]:
     """Copy a local text encoder; returns what pipeline.json calls it."""
     if described is None:
         return None
@@ -193,7 +172,7 @@ def _save_text_encoder(described: Mapping[str, Any] | None, staging: Path) -> st
 
 
 def _write_pipeline(
-    run: RunSettings, described: Mapping[str, Any] | None, encoder: str | None, staging: Path
+    run: RunSettings, described: Optional[Mapping[str, Any]], encoder: Optional[str], staging: Path
 ) -> None:
     assert not isinstance(run, Phase2)
     sampling = run.sampling.model_dump(include={"guidance", "temperature", "top_k", "top_p"})

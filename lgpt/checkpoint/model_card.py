@@ -5,14 +5,33 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Optional
 
 from lgpt import __version__
 from lgpt.settings.phases import Phase2, RunSettings
 
-if TYPE_CHECKING:
-    from lgpt.checkpoint.export import Export
+
+@dataclass(frozen=True)
+class Export:
+    """What an export is: facts for the card and for export.json.
+
+    Attributes:
+        folder: The model folder.
+        kind: What config.json describes: latent_gpt or vqvae.
+        step: Optimizer steps of the checkpoint.
+        num_parameters: Counted on the model.
+        dtype: fp32 or bf16.
+        files: sha256 of every file but export.json and README.md.
+    """
+
+    folder: Path
+    kind: str
+    step: int
+    num_parameters: int
+    dtype: str
+    files: dict[str, str]
 
 
 def model_card(
@@ -40,7 +59,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def source_commit() -> str | None:
+def source_commit() -> Optional[str]:
     """The git commit of a checkout that lgpt runs from; None when it is installed elsewhere."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists() or shutil.which("git") is None:
@@ -85,7 +104,7 @@ def _transformer(described: Mapping[str, Any]) -> tuple[str, list[str]]:
     return "pictures from text" if text is not None else "pictures without text", body
 
 
-def _about_text(text: Mapping[str, Any] | None) -> str:
+def _about_text(text: Optional[Mapping[str, Any]]) -> str:
     if text is None:
         return "It was trained without text: there is nothing to prompt."
     if text["is_random"]:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -91,7 +91,7 @@ def save_checkpoint(
     return final
 
 
-def newest_checkpoint(run_folder: Path) -> Path | None:
+def newest_checkpoint(run_folder: Path) -> Optional[Path]:
     """The newest checkpoint whose files are all there in full size; others are told and skipped.
 
     Call it on one rank and broadcast the answer: a network file system may show ranks different

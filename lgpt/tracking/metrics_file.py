@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Union
 
 from lgpt.core.files import write_bytes_atomically
 
@@ -131,7 +131,7 @@ def _parse(line: bytes) -> MetricLine:
     return MetricLine(int(str(record["step"])), float(str(record["time"])), metrics)
 
 
-def _to_json(value: float) -> float | str:
+def _to_json(value: float) -> Union[float, str]:
     number = float(value)
     if math.isfinite(number):
         return number

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from lgpt.core.logging import get_logger
 from lgpt.tracking.metrics_file import MetricLine
@@ -24,7 +24,7 @@ _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _log = get_logger(__name__)
 
 
-def tracking_uri(uri: str | None, runs_folder: Path) -> str:
+def tracking_uri(uri: Optional[str], runs_folder: Path) -> str:
     """Where to track: `uri`, else MLFLOW_TRACKING_URI, else the sqlite file of the runs folder."""
     return (
         uri
@@ -43,7 +43,7 @@ class MlflowRun:
         run_id: The run to go on with; a new one is made when it is None or no longer there.
     """
 
-    def __init__(self, uri: str, experiment: str, run_name: str, run_id: str | None) -> None:
+    def __init__(self, uri: str, experiment: str, run_name: str, run_id: Optional[str]) -> None:
         self._client = _make_client(uri)
         self._refusals_told = 0
         self.is_new = run_id is None or not self._reopen(run_id)
@@ -178,7 +178,7 @@ def _make_client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _artifact_location(uri: str, experiment: str) -> str | None:
+def _artifact_location(uri: str, experiment: str) -> Optional[str]:
     """Beside a sqlite file; without it mlflow would use ./mlruns. A server knows its own place."""
     if not uri.startswith("sqlite:///"):
         return None

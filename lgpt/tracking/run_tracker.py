@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Optional
 
 from lgpt.core.errors import LgptError
 from lgpt.core.logging import get_logger
@@ -23,7 +24,7 @@ class RunTracker:
     """
 
     def __init__(
-        self, run_folder: Path, metrics_file: MetricsFile, shipper: Shipper | None
+        self, run_folder: Path, metrics_file: MetricsFile, shipper: Optional[Shipper]
     ) -> None:
         self._run_folder = run_folder
         self._metrics_file = metrics_file
@@ -36,7 +37,7 @@ class RunTracker:
         cls,
         run_folder: Path,
         *,
-        uri: str | None,
+        uri: Optional[str],
         experiment: str,
         run_name: str,
         tags: Mapping[str, str],

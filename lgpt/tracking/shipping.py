@@ -11,6 +11,7 @@ import json
 import threading
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Optional
 
 from lgpt.core.files import write_json_atomically
 from lgpt.core.logging import get_logger
@@ -35,12 +36,12 @@ class Shipment:
     tags: dict[str, str]
     parameters: dict[str, str]
     artifacts: list[str]
-    run_id: str | None = None
+    run_id: Optional[str] = None
     shipped_bytes: int = 0
     pictures: list[tuple[str, int, str]] = field(default_factory=list)
     status: str = "RUNNING"
 
-    def going_on_from(self, earlier: Shipment | None) -> Shipment:
+    def going_on_from(self, earlier: Optional[Shipment]) -> Shipment:
         """This description with the earlier start's run, unless it was in another place."""
         if earlier is None or (earlier.uri, earlier.experiment) != (self.uri, self.experiment):
             return self
@@ -52,7 +53,7 @@ class Shipment:
         )
 
 
-def load_shipment(run_folder: Path) -> Shipment | None:
+def load_shipment(run_folder: Path) -> Optional[Shipment]:
     """The stored shipment of a run folder, None when there is none that can be read."""
     path = run_folder / FILE_NAME
     try:
@@ -82,7 +83,7 @@ class Shipper:
         self._shipment.shipped_bytes = min(shipment.shipped_bytes, metrics_file.size())
         self._cuts = 0
         self._lock = threading.Lock()  # held for memory and small files, never over the network
-        self._run: MlflowRun | None = None
+        self._run: Optional[MlflowRun] = None
         self._has_work = threading.Event()
         self._is_stopping = threading.Event()
         self._has_ended_well = False

@@ -1,0 +1,114 @@
+"""Merged weights against the live engine and against DeepSpeed's own converter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from two_rank_saves import CASES
+
+from lgpt.checkpoint.convert import merged_weights
+from lgpt.core.errors import CheckpointError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_weights_equal_the_live_engines_exactly(saves, case):
+    live = torch.load(saves.folder / case / "live.pt", weights_only=True)
+    merged = merged_weights(saves.step(case, 3))
+    assert merged.keys() == live.keys()
+    for name, tensor in merged.items():
+        assert tensor.dtype == live[name].dtype, name
+        assert torch.equal(tensor, live[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_weights_equal_deepspeeds_own_conversion(saves, case):
+    theirs = torch.load(saves.folder / case / "deepspeed.pt", weights_only=True)
+    merged = merged_weights(saves.step(case, 3))
+    # DeepSpeed 0.19.8 leaves frozen parameters out of ZeRO-1 checkpoints' conversion.
+    lost = {"frozen.weight", "frozen.bias"} if case == "zero1_fp32" else set()
+    assert merged.keys() - lost == theirs.keys() - lost
+    for name in theirs:
+        assert torch.equal(merged[name], theirs[name].to(merged[name].dtype)), name
+
+
+def test_shared_parameters_are_one_tensor_and_integers_stay_integers(saves):
+    merged = merged_weights(saves.step("zero3_bf16", 3))
+    assert merged["head.weight"] is merged["embedding.weight"]
+    assert merged["calls"].item() == 3
+    assert merged["calls"].dtype == torch.int64
+
+
+@pytest.fixture
+def step_folder(saves, request, tmp_path) -> Path:
+    return Path(shutil.copytree(saves.step(request.param, 3), tmp_path / "step_3"))
+
+
+both = pytest.mark.parametrize("step_folder", ["zero2_fp32", "zero3_fp32"], indirect=True)
+
+
+@both
+def test_a_missing_shard_is_counted(step_folder):
+    next((step_folder / "model").glob("*rank_1*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match="saved by 2 ranks but holds 1 optimizer"):
+        merged_weights(step_folder)
+
+
+@both
+def test_a_truncated_shard_is_named(step_folder):
+    shard = next((step_folder / "model").glob("*rank_1*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=shard.name):
+        merged_weights(step_folder)
+
+
+@both
+def test_names_that_do_not_add_up_are_listed(step_folder):
+    for path in (step_folder / "model").glob("*model_states.pt"):
+        state = torch.load(path, weights_only=True)
+        state["module"]["ghost.weight"] = state["module"].pop("running_mean")
+        state["buffer_names"] = ["calls"]
+        state["shared_params"]["stray"] = "embedding.weight"
+        torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"extra \['stray'\]|missing \['ghost.weight'\]"):
+        merged_weights(step_folder)
+
+
+@both
+def test_sizes_that_do_not_add_up_are_told(step_folder):
+    for path in (step_folder / "model").glob("*model_states.pt"):
+        state = torch.load(path, weights_only=True)
+        state["param_shapes"][1].pop("embedding.weight")
+        torch.save(state, path)
+    with pytest.raises(CheckpointError, match="elements"):
+        merged_weights(step_folder)
+
+
+def test_a_folder_without_shards_says_what_to_give(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no ZeRO shards .* ZeRO stage 1, 2 or 3"):
+        merged_weights(tmp_path)
+
+
+class Payload:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("step_folder", ["zero2_fp32"], indirect=True)
+def test_code_in_a_shard_is_refused_by_name_and_not_run(step_folder, tmp_path):
+    victim = tmp_path / "made_by_the_payload"
+    shard = next((step_folder / "model").glob("zero_pp_rank_0_*optim_states.pt"))
+    torch.save({"optimizer_state_dict": Payload(victim)}, shard)
+    with pytest.raises(CheckpointError, match=r"more than tensors .*: it names posix.mkdir"):
+        merged_weights(step_folder)
+    assert not victim.exists()
