@@ -14,9 +14,7 @@ def test_ranks_and_micro_batches_cover_a_step_exactly_once(world: int, micro: in
     places = [
         place
         for rank in range(world)
-        for batch in micro_batches_of(
-            3, global_batch=16, micro_batch=micro, rank=rank, world=world
-        )
+        for batch in micro_batches_of(3, global_batch=16, micro_batch=micro, rank=rank, world=world)
         for place in batch
     ]
     assert sorted(places) == list(range(48, 64))

@@ -1,0 +1,261 @@
+"""`lgpt ...`: one typed function a command; it wires, it decides nothing.
+
+Heavy imports stand inside the commands, so that `--help` and a wrong config need no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import typer
+
+from lgpt.core.distributed import is_rank_zero, rank, world_size
+from lgpt.core.errors import LgptError, SettingsError
+from lgpt.core.logging import configure_logging
+
+app = typer.Typer(
+    name="lgpt",
+    help="Train a GPT-style transformer that writes images as VQ-VAE tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(
+    help="Look at a run config before it costs anything.", no_args_is_help=True
+)
+vqvae_app = typer.Typer(help="Work with a VQ-VAE on its own.", no_args_is_help=True)
+mlflow_app = typer.Typer(help="Keep MLflow in step with run folders.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(mlflow_app, name="mlflow")
+app.add_typer(vqvae_app, name="vqvae")
+
+_CONFIG = typer.Argument(..., help="a YAML file, or a shipped name such as demo/phase3_shapes")
+_OVERRIDES = typer.Argument(None, help="section.key=value ..., wins over the file")
+_TEXT_ENCODER = typer.Option(
+    None, help="hub name or folder of a CLIP model: short for text.encoder=..."
+)
+_RANKS = typer.Option(1, help="ranks that the DeepSpeed config is resolved for", min=1)
+_JSON = typer.Option(False, "--json", help="also print one JSON object on the last line")
+
+
+def main() -> None:
+    """Entry point; an LgptError is printed without a traceback and decides the exit code."""
+    # DeepSpeed's launcher puts --local_rank=N before the command; the environment says the same.
+    argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    configure_logging()
+    try:
+        app(args=argv, prog_name="lgpt", standalone_mode=True)
+    except LgptError as error:
+        _tell(error)
+        sys.exit(error.exit_code)
+
+
+def _tell(error: LgptError) -> None:
+    if is_rank_zero():
+        print(f"lgpt: {error}", file=sys.stderr, flush=True)
+        return
+    # The launcher ends all ranks as soon as one exits: rank 0 gets time to print what all ranks
+    # found.
+    time.sleep(2)
+    if not isinstance(error, SettingsError):
+        print(f"lgpt: [rank {rank()}] {error}", file=sys.stderr, flush=True)
+
+
+def _load(
+    config: str,
+    overrides: Optional[list[str]],
+    text_encoder: Optional[str] = None,
+    ranks: Optional[int] = None,
+) -> Any:
+    from lgpt.settings.run import load_run_settings
+
+    words = list(overrides or [])
+    if text_encoder is not None:
+        words.append(f"text.encoder={text_encoder}")
+    return load_run_settings(config, words, world_size=ranks or world_size())
+
+
+@app.command()
+def train(
+    config: str = _CONFIG,
+    overrides: Optional[list[str]] = _OVERRIDES,
+    text_encoder: Optional[str] = _TEXT_ENCODER,
+) -> None:
+    """Train a run, or go on with it from its newest checkpoint.
+
+    By hand it is one process; on N GPUs (or N CPU processes):
+
+        deepspeed --num_gpus N --module lgpt train CONFIG [section.key=value ...]
+
+    Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and exit with 75; the same command goes on.
+    """
+    from lgpt.settings.deepspeed import resolve_deepspeed_config
+
+    run = _load(config, overrides, text_encoder)
+    ds_config = resolve_deepspeed_config(run, world_size())
+    from lgpt.training.train import train as train_run
+
+    train_run(run, ds_config)
+
+
+@app.command()
+def prepare(
+    config: str = _CONFIG,
+    overrides: Optional[list[str]] = _OVERRIDES,
+    text_encoder: Optional[str] = _TEXT_ENCODER,
+) -> None:
+    """Encode a run's pictures and captions once into its latent cache.
+
+    Killed, the same command goes on where it was; on several GPUs each rank does its share:
+
+        deepspeed --num_gpus N --module lgpt prepare CONFIG
+    """
+    run = _load(config, overrides, text_encoder)
+    if run.trains != "transformer":
+        raise SettingsError(
+            f"Phase {run.phase} trains the VQ-VAE on pictures; only phases 1 and 3 have "
+            "latents to prepare."
+        )
+    from lgpt.training.encode_latents import prepare_latent_cache
+
+    prepare_latent_cache(run)
+
+
+@app.command()
+def convert(
+    run: Path = typer.Argument(..., help="a run folder, or one of its checkpoints/step_<n>"),
+    out: Path = typer.Argument(..., help="the model folder to write"),
+    dtype: str = typer.Option("fp32", help="fp32 or bf16"),
+    overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
+) -> None:
+    """Turn a ZeRO checkpoint into a model folder: safetensors, config, model card."""
+    from lgpt.checkpoint.export import convert_run
+
+    convert_run(run, out, dtype=dtype, overwrite=overwrite)
+
+
+@app.command()
+def sample(
+    model: Path = typer.Argument(..., help="a model folder written by `lgpt convert`"),
+    prompt: Optional[list[str]] = typer.Option(None, help="a prompt; may be given several times"),
+    prompts_file: Optional[Path] = typer.Option(None, help="a text file, one prompt a line"),
+    out: Path = typer.Option(Path("samples.png"), help="PNG: one grid; a folder: one PNG each"),
+    images_per_prompt: int = typer.Option(1, min=1),
+    unconditional: int = typer.Option(0, min=0, help="draw this many pictures without a prompt"),
+    guidance: Optional[float] = typer.Option(None, help="guidance scale; default: the model's"),
+    temperature: Optional[float] = typer.Option(None),
+    top_k: Optional[int] = typer.Option(None),
+    top_p: Optional[float] = typer.Option(None),
+    seed: int = typer.Option(0, help="the same prompt and seed give the same picture"),
+) -> None:
+    """Draw pictures from prompts."""
+    from lgpt.sampling.pipeline import draw_to_file, prompts_from
+
+    prompts = prompts_from(prompt or [], prompts_file, unconditional)
+    draw_to_file(
+        model,
+        prompts,
+        out,
+        unconditional=unconditional,
+        images_per_prompt=images_per_prompt,
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Path = typer.Argument(..., help="a model folder written by `lgpt convert`"),
+    prompt_accuracy: int = typer.Option(
+        256, min=1, help="prompts of held-out combinations of the shapes dataset"
+    ),
+    guidance: Optional[float] = typer.Option(None, help="guidance scale; default: the model's"),
+    seed: int = typer.Option(0),
+    as_json: bool = _JSON,
+) -> None:
+    """Measure how often pictures show what their prompts say (models trained on shapes).
+
+    The result is also kept in MODEL/evaluation.json.
+    """
+    from lgpt.evaluation.prompt_accuracy import accuracy_table, evaluate_model
+
+    result = evaluate_model(model, prompt_accuracy, guidance=guidance, seed=seed)
+    _print_table(accuracy_table(result), result, as_json)
+
+
+@app.command()
+def report(
+    runs: list[Path] = typer.Argument(..., help="run folders"), as_json: bool = _JSON
+) -> None:
+    """Steps, time, losses and measured accuracy of runs, side by side."""
+    from lgpt.evaluation.report import report_table, run_report
+
+    reports = [run_report(folder) for folder in runs]
+    _print_table(report_table(reports), {"runs": reports}, as_json)
+
+
+def _print_table(table: Any, result: dict[str, Any], as_json: bool) -> None:
+    from rich.console import Console
+
+    # Not a terminal: wide enough that no row is broken in a log file.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    if as_json:
+        print(json.dumps(result))
+
+
+@vqvae_app.command("export-taming")
+def export_taming_command(
+    source: Path = typer.Argument(..., help="a phase 2 run folder or a VQ-VAE model folder"),
+    out: Path = typer.Argument(..., help="folder for last.ckpt and model.yaml"),
+) -> None:
+    """Write a VQ-VAE in the layout of taming-transformers (last.ckpt + model.yaml)."""
+    from lgpt.models.vqgan_import import export_taming, load_vqvae
+
+    export_taming(load_vqvae("custom", str(source)), out)
+    print(f"Wrote {out / 'last.ckpt'} and {out / 'model.yaml'}.")
+
+
+@mlflow_app.command("sync")
+def mlflow_sync(run: Path = typer.Argument(..., help="a run folder")) -> None:
+    """Send MLflow what it missed of a run's metrics.jsonl while it was away."""
+    from lgpt.tracking.run_tracker import replay
+
+    print(f"MLflow run {replay(run)} now holds every line of {run / 'metrics.jsonl'}.")
+
+
+@config_app.command("show")
+def config_show(
+    config: str = _CONFIG,
+    overrides: Optional[list[str]] = _OVERRIDES,
+    ranks: int = _RANKS,
+    as_json: bool = _JSON,
+) -> None:
+    """Print the resolved run config and the resolved DeepSpeed JSON."""
+    from lgpt.settings.deepspeed import resolve_deepspeed_config
+    from lgpt.settings.show import as_json_object, render
+
+    run = _load(config, overrides, ranks=ranks)
+    ds_config = resolve_deepspeed_config(run, ranks)
+    print(render(run, ds_config))
+    if as_json:
+        print(json.dumps(as_json_object(run, ds_config)))
+
+
+@config_app.command("validate")
+def config_validate(
+    config: str = _CONFIG, overrides: Optional[list[str]] = _OVERRIDES, ranks: int = _RANKS
+) -> None:
+    """Say whether a run config and its DeepSpeed config fit together; all problems at once."""
+    from lgpt.settings.deepspeed import resolve_deepspeed_config
+
+    run = _load(config, overrides, ranks=ranks)
+    resolve_deepspeed_config(run, ranks)
+    print(f"{config}: right for {ranks} rank(s); phase {run.phase} trains the {run.trains}.")

@@ -1,0 +1,106 @@
+"""`lgpt prepare`: captioned images to VQ tokens and text embeddings, in float32, into "
+"the latent cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lgpt.core.distributed import barrier, is_rank_zero, rank, world_size
+from lgpt.core.errors import SettingsError
+from lgpt.core.logging import get_logger
+from lgpt.data.latent_cache import CaptionEncoder, ImageEncoder, LatentCache, build_latent_cache
+from lgpt.engine.start import device_of_this_rank, start_process_group
+from lgpt.models.clip_encoder import ClipTextEncoder
+from lgpt.models.vqvae import VQVAE
+from lgpt.settings.phases import TransformerRun
+from lgpt.training.components import (
+    cache_fingerprint,
+    load_text_encoder_of,
+    load_vqvae_of,
+    open_split,
+    transform_of,
+)
+
+_log = get_logger(__name__)
+
+
+def image_encoder(vqvae: VQVAE, device: torch.device) -> ImageEncoder:
+    """`vqvae.encode` on a device, without gradients."""
+
+    @torch.no_grad()
+    def encode(images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b h w"]:
+        return vqvae.encode(images.to(device)).cpu()
+
+    return encode
+
+
+def caption_encoder(encoder: ClipTextEncoder, device: torch.device) -> CaptionEncoder:
+    """`encoder.encode` on a device, results on the CPU."""
+
+    def encode(
+        captions: list[str],
+    ) -> tuple[Float[Tensor, "b tokens width"], Bool[Tensor, "b tokens"]]:
+        embeddings, mask = encoder.encode(captions, device=device)
+        return embeddings.cpu(), mask.cpu()
+
+    return encode
+
+
+def prepare_latent_cache(run: TransformerRun) -> None:
+    """Write or complete `run.latent_cache` for the splits train and val; every rank does its share.
+
+    A cache that is whole and has the run's fingerprint is left alone; chunks of a killed
+    preparation are kept.
+    """
+    if run.latent_cache is None:
+        raise SettingsError(
+            "latent_cache is not set, so there is nothing to prepare; give it a folder, "
+            "for example "
+            f"latent_cache=runs/{run.name}-latents."
+        )
+    device = start_process_group() if world_size() > 1 else device_of_this_rank()
+    vqvae = load_vqvae_of(run.vqvae).to(device)
+    train = open_split(run.data, "train")
+    encoder: Optional[ClipTextEncoder] = None
+    if run.conditioning == "text_conditional":
+        encoder = load_text_encoder_of(run, train).to(device)
+    for split in ("train", "val"):
+        dataset = train if split == "train" else open_split(run.data, split)
+        build_latent_cache(
+            run.latent_cache / split,
+            dataset,
+            transform_of(run.data, split),
+            encode_images=image_encoder(vqvae, device),
+            encode_captions=None if encoder is None else caption_encoder(encoder, device),
+            fingerprint=cache_fingerprint(run, dataset, vqvae, encoder),
+            codebook_size=vqvae.vocab_size,
+            downsample_factor=vqvae.downsample_factor,
+            text_dtype=run.text.cache_dtype,
+            max_bad_images=run.data.max_bad_images,
+            workers=run.data.workers,
+            rank=rank(),
+            world=world_size(),
+            barrier=barrier,
+        )
+        if is_rank_zero():
+            _tell(LatentCache.open(run.latent_cache / split))
+
+
+def _tell(cache: LatentCache) -> None:
+    statistics = cache.token_statistics()
+    _log.info(
+        "%s: %d pictures x %d crop(s); %d of %d codes used (%.1f%%), entropy %.2f of %.2f nats",
+        cache.folder,
+        len(cache),
+        cache.crops,
+        statistics.used_codes,
+        cache.codebook_size,
+        100 * statistics.usage,
+        statistics.entropy,
+        math.log(cache.codebook_size),
+    )

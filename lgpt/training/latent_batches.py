@@ -1,0 +1,142 @@
+"""Batches of latents for the transformer: from the cache, or encoded on the fly with "
+"the same meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lgpt.data.captioned import CaptionedDataset
+from lgpt.data.image_batches import ImageBatches
+from lgpt.data.latent_cache import CaptionEncoder, ImageEncoder, LatentCache
+from lgpt.data.order import SampleOrder
+from lgpt.data.transforms import to_unit_range
+
+# Independent streams of choices from one seed: which crop, which caption, dropped or not.
+_CROP_STREAM, _CAPTION_STREAM, _DROP_STREAM = 1, 2, 3
+_DROP_STEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Tokens of n images, their captions' embeddings, and which captions are dropped."""
+
+    tokens: Int[Tensor, "n tokens"]
+    text: Optional[Float[Tensor, "n words width"]]
+    text_mask: Optional[Bool[Tensor, "n words"]]
+    null_text: Bool[Tensor, " n"]
+
+
+class LatentSource(Protocol):
+    """Where latents come from."""
+
+    def __len__(self) -> int: ...
+
+    def batch(
+        self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray
+    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """Tokens [n, L], text [n, T, D] and mask [n, T] of chosen crops and captions."""
+
+    def num_captions(self, item: int) -> int: ...
+
+    @property
+    def crops(self) -> int: ...
+
+
+class CachedLatents:
+    """A split of the latent cache."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    @property
+    def crops(self) -> int:
+        return self._cache.crops
+
+    def num_captions(self, item: int) -> int:
+        return self._cache.num_captions(item)
+
+    def batch(
+        self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray
+    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        batch = self._cache.batch(items, crops, captions)
+        return batch.tokens, batch.text, batch.text_mask
+
+
+class EncodedLatents:
+    """The same without a cache: pictures and captions go through the frozen encoders at "
+    "every step."""
+
+    def __init__(
+        self,
+        dataset: CaptionedDataset,
+        images: ImageBatches,
+        crops: int,
+        encode_images: ImageEncoder,
+        encode_captions: Optional[CaptionEncoder],
+    ) -> None:
+        self._dataset, self._images, self.crops = dataset, images, crops
+        self._encode_images, self._encode_captions = encode_images, encode_captions
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def num_captions(self, item: int) -> int:
+        return len(self._dataset.captions(item))
+
+    def batch(
+        self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray
+    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        pictures = to_unit_range(torch.from_numpy(self._images.items(items, crops)))
+        tokens = self._encode_images(pictures).flatten(1)
+        if self._encode_captions is None:
+            return tokens, None, None
+        # A bad picture was replaced by another: its captions belong to that one.
+        shown = (self._dataset.captions(int(item)) for item in self._images.shown(items))
+        texts = [of_item[int(c) % len(of_item)] for of_item, c in zip(shown, captions)]
+        text, mask = self._encode_captions(texts)
+        return tokens, text, mask
+
+
+class TrainingLatents:
+    """The endless training sequence: place -> image, crop, caption, and is the caption dropped.
+
+    All of it follows from (seed, place), so it does not depend on the number of ranks and a resumed
+    run reads on exactly where it stopped. One caption and one crop an image are drawn an epoch.
+    """
+
+    def __init__(self, source: LatentSource, seed: int, cond_drop: float) -> None:
+        self._source, self._cond_drop = source, cond_drop
+        self._order = SampleOrder(len(source), seed)
+        self._crop_order = SampleOrder(len(source), seed + _CROP_STREAM)
+        self._caption_order = SampleOrder(len(source), seed + _CAPTION_STREAM)
+        self._drop_order = SampleOrder(len(source), seed + _DROP_STREAM)
+
+    def at(self, places: np.ndarray) -> LatentBatch:
+        """The samples at these places [n] of the sequence."""
+        start, count = int(places[0]), len(places)
+        items = self._order.indices(start, count)
+        num_captions = np.array([self._source.num_captions(int(item)) for item in items])
+        tokens, text, mask = self._source.batch(
+            items,
+            self._crop_order.choices(start, count, np.full(count, self._source.crops)),
+            self._caption_order.choices(start, count, num_captions),
+        )
+        draws = self._drop_order.choices(start, count, np.full(count, _DROP_STEPS))
+        dropped = draws < self._cond_drop * _DROP_STEPS
+        return LatentBatch(tokens, text, mask, torch.from_numpy(dropped))
+
+
+def validation_batch(source: LatentSource, items: np.ndarray) -> LatentBatch:
+    """Centre crop and first caption of these items; nothing dropped."""
+    zeros = np.zeros(len(items), dtype=np.int64)
+    tokens, text, mask = source.batch(items, zeros, zeros)
+    return LatentBatch(tokens, text, mask, torch.zeros(len(items), dtype=torch.bool))

@@ -1,0 +1,232 @@
+"""The loop of every phase: cadence, budget, signals, and the stop at a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import torch
+from tqdm import tqdm
+
+from lgpt.checkpoint.store import save_checkpoint
+from lgpt.core.distributed import barrier, is_rank_zero
+from lgpt.core.errors import DivergedError, StoppedEarly
+from lgpt.core.logging import get_logger
+from lgpt.engine.build import gradient_norm, set_learning_rate
+from lgpt.engine.memory import peak_bytes
+from lgpt.engine.ranks import any_rank, mean_over_ranks
+from lgpt.settings.phases import RunSettings
+from lgpt.tracking.run_tracker import RunTracker
+from lgpt.training.schedule import learning_rate_at
+from lgpt.training.stop_signals import StopSignals
+from lgpt.training.task import TrainingTask
+
+_log = get_logger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+def run_training(
+    run: RunSettings,
+    task: TrainingTask,
+    tracker: Optional[RunTracker],
+    progress: Progress,
+    device: torch.device,
+) -> None:
+    """Train from `progress.step` to `training.max_steps` and save the last checkpoint.
+
+    Args:
+        tracker: On rank 0; None elsewhere.
+
+    Raises:
+        StoppedEarly: A signal came; a checkpoint was saved (exit code 75).
+        DivergedError: The loss or the gradient is not finite; the last checkpoint is untouched.
+    """
+    with StopSignals() as signals:
+        loop = _Loop(run, task, tracker, progress, device)
+        while progress.step < run.training.max_steps:
+            is_stopping = loop.one_step(signals)
+            if is_stopping and progress.step < run.training.max_steps:
+                loop.save()
+                loop.close()
+                barrier()  # the launcher ends all ranks as soon as one exits with a code
+                raise StoppedEarly(
+                    f"Stopped by {signals.received or 'a signal to another rank'} after step "
+                    f"{progress.step} of {run.training.max_steps}; checkpoint saved in "
+                    f"{run.run_folder / 'checkpoints'}. The same command goes on from there."
+                )
+        loop.finish()
+
+
+class _Loop:
+    def __init__(
+        self,
+        run: RunSettings,
+        task: TrainingTask,
+        tracker: Optional[RunTracker],
+        progress: Progress,
+        device: torch.device,
+    ) -> None:
+        self.run, self.task, self.tracker = run, task, tracker
+        self.progress, self.device = progress, device
+        self.window: list[Mapping[str, float]] = []
+        self.window_started_at = time.monotonic()
+        self.saved_step = progress.step
+        on_terminal = is_rank_zero() and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=run.training.max_steps,
+            initial=progress.step,
+            unit="step",
+            desc=run.name,
+            disable=not on_terminal,
+        )
+
+    def one_step(self, signals: StopSignals) -> bool:
+        """One optimizer step and what is due after it; True when any rank was told to stop."""
+        training, schedule = self.run.training, self.run.schedule
+        started_at = time.monotonic()
+        learning_rate = learning_rate_at(
+            self.progress.step,
+            peak=self.run.optimizer.learning_rate,
+            warmup_steps=schedule.warmup_steps,
+            max_steps=training.max_steps,
+            decay=schedule.decay,
+            final_ratio=schedule.final_ratio,
+        )
+        set_learning_rate(self.task.engine, learning_rate)
+        metrics = dict(self.task.train_step(self.progress.step))
+        metrics["gradient_norm"] = gradient_norm(self.task.engine)
+        flags = any_rank(
+            {
+                "stop": signals.received is not None,
+                "diverged": not math.isfinite(metrics[self.task.main_loss]),
+            },
+            self.device,
+        )
+        if flags["diverged"]:
+            self._diverged(metrics)
+        self.window.append(metrics)
+        self.progress.step += 1
+        self.progress.elapsed_seconds += time.monotonic() - started_at
+        self.bar.update()
+        step, is_last = self.progress.step, self.progress.step == training.max_steps
+        if step % training.log_every == 0 or is_last:
+            self._log_window(learning_rate)
+        if _due(step, training.validate_every) or is_last:
+            self._validate()
+        if _due(step, training.sample_every) or is_last:
+            self._draw()
+        if step % self.run.checkpoint.every_steps == 0 or is_last:
+            self.save()
+        return flags["stop"]
+
+    def _diverged(self, metrics: Mapping[str, float]) -> None:
+        self.close("FAILED")
+        raise DivergedError(
+            f"{self.task.main_loss} is not finite at step {self.progress.step + 1} (on this rank "
+            f"{metrics[self.task.main_loss]}; gradient norm {metrics['gradient_norm']}). "
+            "The checkpoint "
+            f"of step {self.saved_step} is whole. Lower optimizer.learning_rate (now "
+            f"{self.run.optimizer.learning_rate}) or raise schedule.warmup_steps (now "
+            f"{self.run.schedule.warmup_steps}), then run the same command again."
+        )
+
+    def _log_window(self, learning_rate: float) -> None:
+        seconds = time.monotonic() - self.window_started_at
+        images = len(self.window) * self.run.batch.global_batch_images
+        mine = {key: sum(m[key] for m in self.window) / len(self.window) for key in self.window[0]}
+        metrics = mean_over_ranks(mine, self.device)
+        metrics.update(
+            learning_rate=learning_rate,
+            images_per_second=images / seconds,
+            tokens_per_second=images * self.task.tokens_per_image / seconds,
+            peak_memory_gib=peak_bytes(self.device) / 2**30,
+            elapsed_seconds=self.progress.elapsed_seconds,
+        )
+        self._record(metrics)
+        self._restart_window()
+        self.bar.set_postfix({self.task.main_loss: f"{metrics[self.task.main_loss]:.4f}"})
+        if self.bar.disable:
+            _log.info("step %d/%d  %s", self.progress.step, self.bar.total, _readable(metrics))
+
+    def _restart_window(self) -> None:
+        self.window, self.window_started_at = [], time.monotonic()
+
+    def _validate(self) -> None:
+        metrics = {f"val_{key}": value for key, value in self.task.validate().items()}
+        self.progress.validation = metrics
+        self._record(metrics)
+        with self.bar.external_write_mode(file=sys.stderr):
+            _log.info("step %d  validation  %s", self.progress.step, _readable(metrics))
+        self._skip_in_throughput()
+
+    def _draw(self) -> None:
+        pictures = self.task.draw(self.progress.step)
+        if self.tracker is not None:
+            folder = self.run.run_folder / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, picture in pictures.items():
+                path = folder / f"step_{self.progress.step:07d}_{name}.png"
+                picture.save(path)
+                self.tracker.picture(self.progress.step, name, path)
+        self._skip_in_throughput()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step, unless there is one already."""
+        run, step = self.run, self.progress.step
+        folder = run.run_folder / "checkpoints" / f"step_{step}"
+        if self.saved_step == step and folder.exists():
+            return folder
+        folder = save_checkpoint(
+            {"model": self.task.engine},
+            run.run_folder,
+            step,
+            trainer_state=asdict(self.progress),
+            keep_last=run.checkpoint.keep_last,
+            extra_files={
+                name: (run.run_folder / name).read_text()
+                for name in ("config.yaml", "ds_config.json", "model_config.json")
+            },
+        )
+        self.saved_step = step
+        self._skip_in_throughput()
+        return folder
+
+    def _skip_in_throughput(self) -> None:
+        """Keep validation, pictures and saving out of images/s when nothing is in the "
+        "window yet."""
+        if not self.window:
+            self.window_started_at = time.monotonic()
+
+    def _record(self, metrics: Mapping[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(self.progress.step, dict(metrics))
+
+    def close(self, status: str = "KILLED") -> None:
+        self.bar.close()
+        if self.tracker is not None:
+            self.tracker.finish(status)
+
+    def finish(self) -> None:
+        self.save()
+        self.close("FINISHED")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _readable(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

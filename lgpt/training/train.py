@@ -1,0 +1,149 @@
+"""`lgpt train`: from a run config to a finished run folder, on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+
+from lgpt.checkpoint.export import convert_run
+from lgpt.checkpoint.store import load_checkpoint, newest_checkpoint
+from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
+from lgpt.core.errors import OutOfMemoryError, SettingsError
+from lgpt.core.files import write_json_atomically, write_text_atomically
+from lgpt.core.logging import get_logger
+from lgpt.engine.build import build_engine
+from lgpt.engine.ranks import broadcast_from_rank_zero
+from lgpt.engine.start import afford_bf16, start_process_group
+from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tags
+from lgpt.settings.run import dump_run_settings
+from lgpt.tracking.run_tracker import RunTracker
+from lgpt.training.loop import Progress, run_training
+from lgpt.training.train_transformer import TransformerTask
+from lgpt.training.train_vqvae import VqvaeTask
+
+_log = get_logger(__name__)
+Task = Union[TransformerTask, VqvaeTask]
+
+
+def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
+    """Train a run to its end, from its newest whole checkpoint where there is one.
+
+    Args:
+        run: The resolved run config.
+        ds_config: The resolved DeepSpeed config (settings/deepspeed.py) for this number of ranks.
+
+    Raises:
+        LgptError: As the parts say; StoppedEarly (exit 75) after a signal, with a checkpoint saved.
+    """
+    device = start_process_group()
+    if _is_done(run):
+        return
+    if run.training.precision == "bf16":
+        afford_bf16(device)
+    _write_run_folder(run, ds_config)
+    seed_everything(run.seed)  # the same weights on every rank
+    task: Task = VqvaeTask(run, device) if isinstance(run, Phase2) else TransformerTask(run, device)
+    if is_rank_zero():
+        write_json_atomically(run.run_folder / "model_config.json", task.description())
+        _log.info(
+            "%s: phase %d trains the %s, %s parameters, on %d rank(s) of %s",
+            run.name,
+            run.phase,
+            run.trains,
+            f"{sum(p.numel() for p in task.model.parameters()):,}",
+            world_size(),
+            device.type,
+        )
+    barrier()
+    task.engine = build_engine(task.model, run.optimizer, ds_config)
+    seed_everything(run.seed, rank())
+    progress = _resume(run, task)
+    tracker = _start_tracking(run, task, progress) if is_rank_zero() else None
+    try:
+        run_training(run, task, tracker, progress, device)
+        _finish(run, progress)
+    except torch.OutOfMemoryError as error:
+        if tracker is not None:
+            tracker.finish("FAILED")
+        raise OutOfMemoryError(
+            "The device ran out of memory with batch.micro_batch_images "
+            f"{run.batch.micro_batch_images}; "
+            "lower it (the global batch stays: accumulation makes up for it). DeepSpeed said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except BaseException:
+        if tracker is not None:
+            tracker.finish("FAILED")
+        raise
+
+
+def _is_done(run: RunSettings) -> bool:
+    is_done = broadcast_from_rank_zero((run.run_folder / "DONE").exists())
+    if is_done:
+        _log.info(
+            "%s is done (%s exists): nothing to train. Give another name= for a new run.",
+            run.name,
+            run.run_folder / "DONE",
+        )
+    return bool(is_done)
+
+
+def _write_run_folder(run: RunSettings, ds_config: dict[str, Any]) -> None:
+    """The resolved pair first thing: what runs is what can be run again from there."""
+    if not is_rank_zero():
+        return
+    run.run_folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(run.run_folder / "config.yaml", dump_run_settings(run))
+    write_json_atomically(run.run_folder / "ds_config.json", ds_config)
+
+
+def _resume(run: RunSettings, task: Task) -> Progress:
+    """Load the newest whole checkpoint of the run folder into the engine, if there is one."""
+    found = newest_checkpoint(run.run_folder) if is_rank_zero() else None
+    folder: Optional[Path] = broadcast_from_rank_zero(found)
+    if folder is None:
+        return Progress()
+    state = load_checkpoint({"model": task.engine}, folder)
+    progress = Progress(**state)
+    if progress.step > run.training.max_steps:
+        raise SettingsError(
+            f"The newest checkpoint of {run.name} is at step {progress.step}, beyond "
+            "training.max_steps "
+            f"({run.training.max_steps}); raise max_steps or give another name=."
+        )
+    _log.info("Going on from %s: %d steps are done.", folder, progress.step)
+    return progress
+
+
+def _finish(run: RunSettings, progress: Progress) -> None:
+    """DONE, and for phase 2 the model folder that phases 1 and 3 name."""
+    if is_rank_zero():
+        if isinstance(run, Phase2):
+            convert_run(run.run_folder, run.run_folder / "model", dtype="fp32", overwrite=True)
+        summary = {
+            "step": progress.step,
+            "elapsed_seconds": round(progress.elapsed_seconds, 1),
+            **progress.validation,
+        }
+        write_json_atomically(run.run_folder / "DONE", summary)
+        _log.info("Done: %s", summary)
+    barrier()
+
+
+def _start_tracking(run: RunSettings, task: Task, progress: Progress) -> RunTracker:
+    tracker = RunTracker.start(
+        run.run_folder,
+        uri=run.tracking.uri,
+        experiment=run.tracking.experiment or run.experiment,
+        run_name=run.name,
+        tags=run_tags(run),
+        parameters={**logged_parameters(run), **task.parameters_to_log()},
+        artifacts=[
+            run.run_folder / name for name in ("config.yaml", "ds_config.json", "model_config.json")
+        ],
+        enabled=run.tracking.enabled,
+    )
+    tracker.truncate_after(progress.step)
+    return tracker

@@ -1,0 +1,206 @@
+"""Phases 1 and 3: LatentGPT on VQ tokens, conditioned on frozen text embeddings or on nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lgpt.core.distributed import rank, world_size
+from lgpt.core.errors import DataError
+from lgpt.data.image_batches import ImageBatches
+from lgpt.data.latent_cache import LatentCache
+from lgpt.data.transforms import to_pil
+from lgpt.engine.build import parameter_dtype
+from lgpt.engine.ranks import gather_to_rank_zero, mean_over_ranks
+from lgpt.models.clip_encoder import ClipTextEncoder
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.models.vqvae import VQVAE
+from lgpt.sampling.generate import generate_tokens
+from lgpt.sampling.pipeline import picture_grid
+from lgpt.settings.phases import TransformerRun
+from lgpt.training.components import (
+    cache_fingerprint,
+    load_text_encoder_of,
+    load_vqvae_of,
+    open_split,
+    text_encoder_name,
+    transform_of,
+)
+from lgpt.training.encode_latents import caption_encoder, image_encoder
+from lgpt.training.latent_batches import (
+    CachedLatents,
+    EncodedLatents,
+    LatentBatch,
+    LatentSource,
+    TrainingLatents,
+    validation_batch,
+)
+from lgpt.training.places import micro_batches_of, validation_batches_of
+
+
+class TransformerTask:
+    """The step functions of a transformer run."""
+
+    main_loss = "ce_loss"
+
+    def __init__(self, run: TransformerRun, device: torch.device) -> None:
+        """Open data and frozen parts and make the model; `engine` is set by the caller.
+
+        Raises:
+            DataError: The latent cache is missing or was made from something else.
+        """
+        self.run, self.device = run, device
+        self.vqvae: VQVAE = load_vqvae_of(run.vqvae).to(device)
+        train_set, val_set = open_split(run.data, "train"), open_split(run.data, "val")
+        self.text_encoder: Optional[ClipTextEncoder] = None
+        if run.conditioning == "text_conditional":
+            self.text_encoder = load_text_encoder_of(run, train_set).to(device)
+        self.train_source = self._source(train_set)
+        self.val_source = self._source(val_set)
+        side = run.data.resolution // self.vqvae.downsample_factor
+        self.model_config = LatentGPTConfig.from_settings(
+            run.transformer,
+            codebook_size=self.vqvae.vocab_size,
+            grid=(side, side),
+            text_width=None if self.text_encoder is None else self.text_encoder.width,
+        )
+        self.tokens_per_image = side * side
+        self.model = LatentGPT(self.model_config)
+        self.latents = TrainingLatents(self.train_source, run.seed, run.transformer.cond_drop)
+        captions = [val_set.captions(i)[0] for i in range(min(run.sampling.images, len(val_set)))]
+        self.prompts = list(run.sampling.prompts or captions)[: run.sampling.images]
+        self.engine: Any = None
+
+    def _source(self, dataset: Any) -> LatentSource:
+        run = self.run
+        if run.latent_cache is not None:
+            folder = run.latent_cache / dataset.split
+            if not (folder / "manifest.json").exists():
+                raise DataError(
+                    f"latent_cache {run.latent_cache} has no finished split '{dataset.split}'; run "
+                    "`lgpt prepare` with this run config first, or remove latent_cache "
+                    "to encode on the fly."
+                )
+            expected = cache_fingerprint(run, dataset, self.vqvae, self.text_encoder)
+            return CachedLatents(LatentCache.open(folder, expected))
+        transform = transform_of(run.data, dataset.split)
+        return EncodedLatents(
+            dataset,
+            ImageBatches(
+                dataset,
+                transform,
+                workers=run.data.workers,
+                max_bad_images=run.data.max_bad_images,
+            ),
+            transform.crops,
+            image_encoder(self.vqvae, self.device),
+            None if self.text_encoder is None else caption_encoder(self.text_encoder, self.device),
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What `model_config.json` holds: enough to rebuild the model and its pipeline."""
+        run, encoder = self.run, self.text_encoder
+        text = None
+        if encoder is not None:
+            text = {"name": text_encoder_name(run), "is_random": encoder.is_random}
+        return {
+            "kind": "latent_gpt",
+            "config": self.model_config.to_dict(),
+            "vqvae": {**run.vqvae.model_dump(), "digest": self.vqvae.weights_digest()},
+            "text_encoder": text,
+        }
+
+    def parameters_to_log(self) -> dict[str, object]:
+        """Facts that only the opened parts know."""
+        return {
+            "codebook_size": self.vqvae.vocab_size,
+            "downsample_factor": self.vqvae.downsample_factor,
+            "ln_codebook_size": math.log(self.vqvae.vocab_size),
+            "transformer_params": self.model.num_parameters(),
+            "text_encoder_is_random": self.text_encoder is not None and self.text_encoder.is_random,
+        }
+
+    def train_step(self, step: int) -> Mapping[str, float]:
+        """One optimizer step; cross-entropy in nats a token."""
+        self.engine.train()
+        batch = self.run.batch
+        losses = []
+        for places in micro_batches_of(
+            step,
+            global_batch=batch.global_batch_images,
+            micro_batch=batch.micro_batch_images,
+            rank=rank(),
+            world=world_size(),
+        ):
+            loss = self._loss(self.latents.at(places))
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        return self._metrics(float(torch.stack(losses).float().mean()))
+
+    def _loss(self, batch: LatentBatch) -> torch.Tensor:
+        dtype = parameter_dtype(self.engine)
+        tokens = batch.tokens.to(self.device, non_blocking=True)
+        text = None if batch.text is None else batch.text.to(self.device, dtype, non_blocking=True)
+        mask = None if batch.text_mask is None else batch.text_mask.to(self.device)
+        return self.engine(
+            tokens, text, mask, targets=tokens, null_text=batch.null_text.to(self.device)
+        )
+
+    def _metrics(self, ce_loss: float) -> dict[str, float]:
+        return {
+            "ce_loss": ce_loss,
+            "perplexity": math.exp(min(ce_loss, 80.0)),
+            # What guessing would score: 7.1 beside 9.70 does not look alarming.
+            "ln_codebook_size": math.log(self.vqvae.vocab_size),
+        }
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """Cross-entropy of the first validation images, with their captions."""
+        self.engine.eval()
+        batches = validation_batches_of(
+            len(self.val_source),
+            wanted=self.run.training.validation_images,
+            micro_batch=self.run.batch.micro_batch_images,
+            rank=rank(),
+            world=world_size(),
+        )
+        losses = [float(self._loss(validation_batch(self.val_source, items))) for items in batches]
+        mean = mean_over_ranks({"ce_loss": float(np.mean(losses))}, self.device)["ce_loss"]
+        return self._metrics(mean)
+
+    @torch.no_grad()
+    def draw(self, step: int) -> Mapping[str, Image.Image]:
+        """A grid of the prompts (or of unconditional pictures); every rank draws its share."""
+        self.engine.eval()
+        run, world = self.run, world_size()
+        share = math.ceil(run.sampling.images / world)
+        numbers = [rank() * share + i for i in range(share)]
+        text = mask = None
+        captions = ["" for _ in numbers]
+        if self.text_encoder is not None:
+            captions = [self.prompts[n % len(self.prompts)] for n in numbers]
+            text, mask = self.text_encoder.encode(captions, device=self.device)
+            text = text.to(parameter_dtype(self.engine))
+        tokens = generate_tokens(
+            self.engine.module,
+            text,
+            mask,
+            guidance=run.sampling.guidance if text is not None else 1.0,
+            temperature=run.sampling.temperature,
+            top_k=run.sampling.top_k,
+            top_p=run.sampling.top_p,
+            seeds=[run.seed + n for n in numbers],
+        )
+        images = self.vqvae.decode(tokens).cpu()
+        pairs = gather_to_rank_zero(list(zip(to_pil(images), captions)))
+        flat = [pair for part in pairs for pair in part][: run.sampling.images]
+        if not flat:
+            return {}
+        return {"samples": picture_grid([p for p, _ in flat], [c for _, c in flat])}

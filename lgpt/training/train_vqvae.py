@@ -1,0 +1,171 @@
+"""Phase 2: the VQ-VAE from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lgpt.core.distributed import is_rank_zero, rank, world_size
+from lgpt.data.image_batches import ImageBatches
+from lgpt.data.order import SampleOrder
+from lgpt.data.transforms import to_pil, to_unit_range
+from lgpt.engine.build import parameter_dtype
+from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
+from lgpt.models.vqvae import VQVAE, VQVAEConfig
+from lgpt.sampling.pipeline import picture_grid
+from lgpt.settings.phases import Phase2
+from lgpt.training.components import open_split, transform_of
+from lgpt.training.losses import (
+    code_perplexity,
+    code_usage,
+    psnr_decibels,
+    reconstruction_loss,
+)
+from lgpt.training.places import micro_batches_of, validation_batches_of
+
+_CROP_STREAM = 1
+_GRID_IMAGES = 8
+
+
+class VqvaeTask:
+    """The step functions of a phase 2 run."""
+
+    main_loss = "recon_loss"
+
+    def __init__(self, run: Phase2, device: torch.device) -> None:
+        """Open the pictures and make the model; `engine` is set by the caller."""
+        self.run, self.device = run, device
+        self.train_images = self._images("train")
+        self.val_images = self._images("val")
+        self.order = SampleOrder(len(self.train_images), run.seed)
+        self.crop_order = SampleOrder(len(self.train_images), run.seed + _CROP_STREAM)
+        self.model_config = VQVAEConfig.from_settings(run.vqvae)
+        self.tokens_per_image = (run.data.resolution // run.vqvae.downsample_factor) ** 2
+        self.model = VQVAE(self.model_config)
+        self.engine: Any = None
+
+    def _images(self, split: str) -> ImageBatches:
+        data = self.run.data
+        return ImageBatches(
+            open_split(data, split),
+            transform_of(data, split),
+            workers=data.workers,
+            max_bad_images=data.max_bad_images,
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What `model_config.json` holds."""
+        return {
+            "kind": "vqvae",
+            "config": self.model_config.to_dict(),
+            "vqvae": None,
+            "text_encoder": None,
+        }
+
+    def parameters_to_log(self) -> dict[str, object]:
+        """Facts of the architecture."""
+        return {
+            "codebook_size": self.run.vqvae.codebook_size,
+            "downsample_factor": self.run.vqvae.downsample_factor,
+            "vqvae_params": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def train_step(self, step: int) -> Mapping[str, float]:
+        """One optimizer step on reconstruction, codebook and commitment loss."""
+        self.engine.train()
+        run, batch = self.run, self.run.batch
+        parts: list[torch.Tensor] = []
+        counts = torch.zeros(run.vqvae.codebook_size, dtype=torch.int64, device=self.device)
+        for places in micro_batches_of(
+            step,
+            global_batch=batch.global_batch_images,
+            micro_batch=batch.micro_batch_images,
+            rank=rank(),
+            world=world_size(),
+        ):
+            images = self._training_images(places)
+            output = self.engine(images)
+            recon = reconstruction_loss(output.reconstruction, images, run.loss.reconstruction)
+            codebook, commitment = output.codebook_loss, output.commitment_loss
+            loss = (
+                recon
+                + run.loss.codebook_weight * codebook
+                + run.loss.commitment_weight * commitment
+            )
+            self.engine.backward(loss)
+            self.engine.step()
+            parts.append(torch.stack([recon, codebook, commitment]).detach().float())
+            counts += torch.bincount(output.tokens.flatten(), minlength=len(counts))
+        sum_over_ranks(counts)
+        recon, codebook, commitment = torch.stack(parts).mean(0).tolist()
+        return {
+            "recon_loss": recon,
+            "codebook_loss": codebook,
+            "commitment_loss": commitment,
+            "codebook_usage": code_usage(counts.cpu()),
+            "perplexity": code_perplexity(counts.cpu()),
+        }
+
+    def _training_images(self, places: np.ndarray) -> torch.Tensor:
+        images = self._to_device(self.train_images.items(*self._items_and_crops(places)))
+        next_step = places + self.run.batch.global_batch_images
+        self.train_images.prefetch(*self._items_and_crops(next_step))
+        return images
+
+    def _items_and_crops(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        start, count = int(places[0]), len(places)
+        crops = self.crop_order.choices(start, count, np.full(count, self.run.data.crops))
+        return self.order.indices(start, count), crops
+
+    def _to_device(self, pictures: np.ndarray) -> torch.Tensor:
+        images = to_unit_range(torch.from_numpy(pictures).to(self.device, non_blocking=True))
+        return images.to(parameter_dtype(self.engine))
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """Loss, PSNR (dB), code usage and perplexity over all validation images and ranks."""
+        self.engine.eval()
+        run = self.run
+        counts = torch.zeros(run.vqvae.codebook_size, dtype=torch.int64, device=self.device)
+        losses, decibels = [], []
+        for items in validation_batches_of(
+            len(self.val_images),
+            wanted=run.training.validation_images,
+            micro_batch=run.batch.micro_batch_images,
+            rank=rank(),
+            world=world_size(),
+        ):
+            images = self._to_device(self.val_images.items(items, np.zeros_like(items)))
+            output = self.engine(images)
+            losses.append(
+                float(reconstruction_loss(output.reconstruction, images, run.loss.reconstruction))
+            )
+            decibels.append(float(psnr_decibels(output.reconstruction, images).mean()))
+            counts += torch.bincount(output.tokens.flatten(), minlength=len(counts))
+        sum_over_ranks(counts)
+        means = mean_over_ranks(
+            {"recon_loss": float(np.mean(losses)), "psnr_db": float(np.mean(decibels))},
+            self.device,
+        )
+        return {
+            **means,
+            "codebook_usage": code_usage(counts.cpu()),
+            "perplexity": code_perplexity(counts.cpu()),
+        }
+
+    @torch.no_grad()
+    def draw(self, step: int) -> Mapping[str, Image.Image]:
+        """Validation pictures above their reconstructions."""
+        self.engine.eval()
+        items = np.arange(min(_GRID_IMAGES, len(self.val_images)))
+        images = self._to_device(self.val_images.items(items, np.zeros_like(items)))
+        reconstruction = self.engine(images).reconstruction
+        if not is_rank_zero():
+            return {}
+        pictures = to_pil(images.float().cpu()) + to_pil(reconstruction.float().cpu())
+        captions = ["original"] * len(items) + ["reconstruction"] * len(items)
+        return {"reconstructions": picture_grid(pictures, captions, columns=len(items))}
