@@ -30,6 +30,7 @@ from lgpt.core.errors import DataError
 from lgpt.core.files import sync_folder, write_bytes_atomically, write_json_atomically
 
 MANIFEST = "manifest.json"
+# Goes up with every change of files, chunk sizes or batches inside a chunk.
 FORMAT = 1
 IMAGES_PER_CHUNK = 256
 CAPTIONS_PER_CHUNK = 1024
@@ -89,7 +90,11 @@ class LatentCacheWriter:
         for place in (folder / MANIFEST, self._parts / _PLAN):
             if place.exists():
                 found = json.loads(place.read_text())
-                refuse_other_fingerprint(folder, found["fingerprint"], plan.fingerprint)
+                refuse_other_fingerprint(
+                    folder,
+                    {**found["fingerprint"], "format": found["format"]},
+                    {**plan.fingerprint, "format": FORMAT},
+                )
 
     def begin(self, barrier: Callable[[], None]) -> list[Chunk]:
         """This rank's share of the chunks that are not there yet."""

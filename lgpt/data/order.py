@@ -35,10 +35,6 @@ class SampleOrder:
         self._permutation = lru_cache(maxsize=_EPOCHS_KEPT)(self._make_permutation)
         self._words = lru_cache(maxsize=_EPOCHS_KEPT)(self._make_words)
 
-    def epoch(self, place: int) -> int:
-        """The epoch, from 0, in which a place lies."""
-        return place // self.num_items
-
     def indices(self, start: int, count: int) -> np.ndarray:
         """Items at the places start .. start + count - 1, int64 [count]."""
         return self._gather(self._permutation, start, count)
@@ -76,16 +72,6 @@ class SampleOrder:
 
     def _make_words(self, epoch: int) -> np.ndarray:
         return _philox_words(self.seed, _CHOICE, epoch, self.num_items) >> np.uint64(32)
-
-
-def rank_slice(start: int, global_batch: int, rank: int, world: int) -> np.ndarray:
-    """Places of one rank in the global batch that begins at `start`, int64 [global_batch / world].
-
-    Together the ranks have every place of the batch once; `global_batch` is a multiple of `world`.
-    """
-    assert global_batch % world == 0, (global_batch, world)
-    share = global_batch // world
-    return np.arange(start + rank * share, start + (rank + 1) * share, dtype=np.int64)
 
 
 def philox_generator(*parts: int) -> np.random.Philox:

@@ -33,7 +33,11 @@ def progress(
         from tqdm import tqdm
 
         with tqdm(total=total, desc=title, unit=f" {unit}", dynamic_ncols=True) as bar:
-            yield lambda count: bar.update(count) and None
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            yield advance
     else:
         yield _Lines(title, total, unit).advance
 

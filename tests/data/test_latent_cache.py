@@ -130,10 +130,11 @@ def test_a_cache_of_something_else_is_refused_with_every_difference(whole: Path,
     # Nor are chunks of another half-built cache taken.
     half = tmp_path / "train"
     (half / "parts").mkdir(parents=True)
-    plan = {"format": 1, "fingerprint": fingerprint()}
-    (half / "parts" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(DataError, match=told):
-        build(half, fingerprint=wanted)
+    for number, fault in ((1, told), (0, "format: cache 0, run 1")):
+        plan = {"format": number, "fingerprint": fingerprint()}
+        (half / "parts" / "plan.json").write_text(json.dumps(plan))
+        with pytest.raises(DataError, match=fault):
+            build(half, fingerprint=wanted)
 
 
 def test_an_unconditional_run_may_read_a_cache_that_has_text(whole: Path, tmp_path: Path):
