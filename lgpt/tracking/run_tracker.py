@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 from lgpt.core.errors import LgptError
 from lgpt.core.logging import get_logger
@@ -72,10 +72,11 @@ class RunTracker:
         shipper.start()
         return cls(run_folder, metrics_file, shipper)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Union[int, float]]) -> None:
         """Add one line to metrics.jsonl; NaN and infinities are kept."""
         try:
-            self._metrics_file.append(MetricLine(step, time.time(), dict(metrics)))
+            values = {name: float(value) for name, value in metrics.items()}
+            self._metrics_file.append(MetricLine(step, time.time(), values))
         except OSError as error:
             if not self._has_told_disk_error:
                 _log.warning("metrics of step %d are lost, cannot write them: %s", step, error)
