@@ -10,7 +10,7 @@ from lgpt.settings.data import DataSettings
 from lgpt.settings.explain import located
 from lgpt.settings.phases import Phase2, Phase3, RunSettings, TransformerRun
 from lgpt.settings.sources import KeyPath, Sources
-from lgpt.settings.training import BatchSettings, ScheduleSettings, TrainingSettings
+from lgpt.settings.training import ScheduleSettings, TrainingSettings
 from lgpt.settings.vqvae import VqvaeSettings, VqvaeSourceSettings
 
 Problem = tuple[Sequence[KeyPath], str]
@@ -69,8 +69,7 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
 def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     """Settings that cannot both be meant; each text names them, their places and the way out."""
     at = _Located(run, sources)
-    problems = [*_batch(run.batch, at), *_budget(run.schedule, run.training, at)]
-    problems += _data(run.data, at)
+    problems = [*_budget(run.schedule, run.training, at), *_data(run.data, at)]
     if isinstance(run, Phase2):
         problems += _vqvae(run.vqvae, run.data, at)
         return problems
@@ -100,14 +99,6 @@ At = Callable[[str], str]
 
 def _problem(text: str, *names: str) -> Problem:
     return [tuple(name.split(".")) for name in names], text
-
-
-def _batch(batch: BatchSettings, at: At) -> list[Problem]:
-    if batch.micro_batch_images <= batch.global_batch_images:
-        return []  # divisibility depends on the ranks: settings/deepspeed.py
-    names = ("batch.micro_batch_images", "batch.global_batch_images")
-    text = f"{at(names[0])} is larger than {at(names[1])}; it must be at most that."
-    return [_problem(text, *names)]
 
 
 def _budget(schedule: ScheduleSettings, training: TrainingSettings, at: At) -> list[Problem]:

@@ -51,7 +51,7 @@ class _Owned:
     """A DeepSpeed value that the run config decides."""
 
     value: Any
-    setting: str
+    origin: str
 
 
 def resolve_deepspeed_config(
@@ -70,7 +70,7 @@ def resolve_deepspeed_config(
     Raises:
         SettingsError: All problems at once.
     """
-    config, problems = _resolve(run, world_size, raw)
+    config, problems = _resolve(run, world_size, raw, None)
     if problems:
         raise SettingsError([text for _, text in problems], heading=run.deepspeed_config)
     return config
@@ -81,13 +81,13 @@ def deepspeed_problems(
 ) -> list[Problem]:
     """What `resolve_deepspeed_config` would refuse, each with the run settings it depends on."""
     try:
-        return _resolve(run, world_size, None)[1]
+        return _resolve(run, world_size, None, sources)[1]
     except SettingsError as error:
         path: KeyPath = ("deepspeed",)
         named = sources is not None and sources.place(path) is not None
         start = f"{located(path, sources)}: " if named and sources is not None else ""
         found: list[Problem] = [([path], start + problem) for problem in error.problems]
-        return _batch_problems(run, world_size) + found
+        return _batch_problems(run, world_size, sources) + found
 
 
 def shipped_deepspeed_configs() -> list[str]:
@@ -131,12 +131,15 @@ def _shipped_folder() -> Path:
 
 
 def _resolve(
-    run: RunSettings, world_size: int, raw: Optional[Mapping[str, Any]]
+    run: RunSettings,
+    world_size: int,
+    raw: Optional[Mapping[str, Any]],
+    sources: Optional[Sources],
 ) -> tuple[dict[str, Any], list[Problem]]:
     name = run.deepspeed_config
     source: Mapping[str, Any] = load_deepspeed_json(name) if raw is None else raw
     config: dict[str, Any] = copy.deepcopy(dict(source))
-    problems = _batch_problems(run, world_size)
+    problems = _batch_problems(run, world_size, sources)
     zero = config.get("zero_optimization")
     stage = _stage_of(zero)
     owned = _owned_values(run, world_size)
@@ -158,7 +161,7 @@ def _resolve(
     for path, decided in owned.items():
         value = _get(config, path, AUTO)
         if value != AUTO and _is_scalar(value) and value != decided.value:
-            report(path, f'contradicts {decided.setting} = {shown(decided.value)}; write "auto".')
+            report(path, f'contradicts {decided.origin}; write "auto".')
     for path, rest in _combinations(config, run, stage):
         report(path, rest)
     if not problems:
@@ -177,35 +180,38 @@ def _installed_version() -> str:
         return ""
 
 
-def _batch_problems(run: RunSettings, world_size: int) -> list[Problem]:
+def _batch_problems(run: RunSettings, world_size: int, sources: Optional[Sources]) -> list[Problem]:
     batch = run.batch
     images_per_micro_step = batch.micro_batch_images * world_size
     if batch.global_batch_images % images_per_micro_step == 0:
         return []
     lower = batch.global_batch_images // images_per_micro_step * images_per_micro_step
     higher = lower + images_per_micro_step
+    path = ("batch", "global_batch_images")
+    place = sources.place(path) if sources else None
     text = (
-        f"batch.global_batch_images ({batch.global_batch_images}) must be a multiple of "
+        f"batch.global_batch_images ({batch.global_batch_images}"
+        f"{', ' + place.text if place else ''}) must be a multiple of "
         f"micro_batch_images x world_size ({batch.micro_batch_images} x {world_size} = "
         f"{images_per_micro_step}); set it to {f'{lower} or ' if lower else ''}{higher}."
     )
-    return [([("batch", "global_batch_images"), ("batch", "micro_batch_images")], text)]
+    return [([path, ("batch", "micro_batch_images")], text)]
 
 
 def _owned_values(run: RunSettings, world_size: int) -> dict[KeyPath, _Owned]:
-    batch = run.batch
-    steps = max(1, batch.global_batch_images // (batch.micro_batch_images * world_size))
-    accumulation = "batch.global_batch_images / (micro_batch_images x world_size)"
+    batch, precision = run.batch, run.training.precision
+    images, micro = batch.global_batch_images, batch.micro_batch_images
+    steps = max(1, images // (micro * world_size))
+    clipping = run.optimizer.gradient_clipping
+    accumulation = (
+        f"batch.global_batch_images / (micro_batch_images x {world_size} ranks) = {steps}"
+    )
     return {
-        ("train_batch_size",): _Owned(batch.global_batch_images, "batch.global_batch_images"),
-        ("train_micro_batch_size_per_gpu",): _Owned(
-            batch.micro_batch_images, "batch.micro_batch_images"
-        ),
+        ("train_batch_size",): _Owned(images, f"batch.global_batch_images = {images}"),
+        ("train_micro_batch_size_per_gpu",): _Owned(micro, f"batch.micro_batch_images = {micro}"),
         ("gradient_accumulation_steps",): _Owned(steps, accumulation),
-        ("gradient_clipping",): _Owned(
-            run.optimizer.gradient_clipping, "optimizer.gradient_clipping"
-        ),
-        ("bf16", "enabled"): _Owned(run.training.precision == "bf16", "training.precision: bf16"),
+        ("gradient_clipping",): _Owned(clipping, f"optimizer.gradient_clipping = {clipping}"),
+        ("bf16", "enabled"): _Owned(precision == "bf16", f"training.precision = {precision}"),
     }
 
 
@@ -259,8 +265,6 @@ def _combinations(
     if stage == 0 and precision == "bf16" and dtype in ("fp32", "float32", "float"):
         text = "is not possible at ZeRO stage 0 with bf16; use stage 1 or remove it."
         found.append((("data_types", "grad_accum_dtype"), text))
-    if _get(config, ("gradient_clipping",)) is None and "gradient_clipping" in config:
-        found.append((("gradient_clipping",), 'must be a number; write "auto".'))
     return found + _offload_combinations(config, stage)
 
 

@@ -71,13 +71,13 @@ def _unknown(path: KeyPath) -> str:
         assert isinstance(inner, Mapping), f"{path} lies inside a value"
         siblings = inner
     start = "is not a DeepSpeed key, and DeepSpeed would ignore or refuse it: "
-    if close := get_close_matches(path[-1], list(siblings), n=1, cutoff=0.7):
-        return f"{start}did you mean {'.'.join((*path[:-1], close[0]))}?"
+    if path == ("mlflow",):
+        return f"{start}the `tracking` section of the run config owns MLflow; remove it."
     homes = [other for other in _paths(TREE, ()) if other[-1] == path[-1]]
     if homes:
         return f"{start}it belongs at {' or '.join('.'.join(home) for home in homes)}."
-    if path == ("mlflow",):
-        return f"{start}the `tracking` section of the run config owns MLflow; remove it."
+    if close := get_close_matches(path[-1], list(siblings), n=1):
+        return f"{start}did you mean {'.'.join((*path[:-1], close[0]))}?"
     by_name = {other[-1]: other for other in _paths(TREE, ())}
     if close := get_close_matches(path[-1], list(by_name), n=1, cutoff=0.75):
         return f"{start}did you mean {'.'.join(by_name[close[0]])}?"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 ALL_STAGES = (0, 1, 2, 3)
 
@@ -37,9 +37,9 @@ class Key:
     """
 
     kind: str
-    low: Optional[float] = None
-    above: Optional[float] = None
-    high: Optional[float] = None
+    low: Union[int, float, None] = None
+    above: Union[int, float, None] = None
+    high: Union[int, float, None] = None
     choices: tuple[Any, ...] = ()
     nullable: bool = False
     stages: tuple[int, ...] = ALL_STAGES

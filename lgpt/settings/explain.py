@@ -86,12 +86,17 @@ def unknown_keys(
         The texts, and the paths to leave out when validation goes on.
     """
     known = [path for path, _ in fields_of(model)]
-    elsewhere = {path: name for name, other in other_models.items() for path, _ in fields_of(other)}
+    elsewhere: dict[KeyPath, str] = {}
+    for name, other in other_models.items():
+        for path, _ in fields_of(other):
+            elsewhere[path] = f"{elsewhere[path]} and {name}" if path in elsewhere else name
     texts, unknown = [], []
     for path in _unknown_paths(sources.tree, model):
         place = sources.place(path) or sources.place(sources.written(path)[0])
         hint = _nearest(path, model, known, elsewhere)
         where = place.text if place else "default"
+        if place and place.text.startswith("environment") and "__" not in place.text:
+            hint += " Section and key are joined by two underscores."
         texts.append(f"{dotted(path)} ({where}) is not a setting of {_home(path)}: {hint}")
         unknown.append(path)
     return texts, unknown
@@ -143,7 +148,7 @@ def _in_other_phase(path: KeyPath, elsewhere: Mapping[KeyPath, str]) -> Optional
         if other == path or other[: len(path)] == path:
             return f"it belongs to {phase}; remove it, or change `phase`."
         if other[-1] == path[-1]:
-            return f"{phase} has it as {dotted(other)}; remove it, or change `phase`."
+            return f"in {phase} it is {dotted(other)}; remove it, or change `phase`."
     return None
 
 
@@ -216,5 +221,6 @@ def flags_where_numbers_belong(sources: Sources, model: type[Section]) -> list[t
         if path not in sources.places or bool in _plain_types(field.annotation):
             continue
         if isinstance(sources.value(path), bool):
-            found.append((path, f"{located(path, sources)} must not be true or false."))
+            kind = "text; put it in quotes" if str in _plain_types(field.annotation) else "a number"
+            found.append((path, f"{located(path, sources)} must be {kind}, not true or false."))
     return found

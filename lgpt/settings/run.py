@@ -35,7 +35,7 @@ _STAND_INS: dict[KeyPath, Any] = {("name",): "unnamed", ("training", "max_steps"
 
 
 def load_run_settings(
-    path: str | Path,
+    path: Union[str, Path],
     overrides: Sequence[str] = (),
     environ: Optional[Mapping[str, str]] = None,
     world_size: int = 1,
@@ -97,7 +97,8 @@ def _phase_model(sources: Sources, problems: list[str]) -> type[Union[Phase1, Ph
         )
     else:
         problems.append(f"{located(('phase',), sources)} must be 1, 2 or 3.")
-    sources.tree.pop("phase", None)
+    if "phase" in sources.tree:
+        sources.remove(("phase",))
     return min(_PHASES.values(), key=lambda model: len(unknown_keys(sources, model, {})[0]))
 
 

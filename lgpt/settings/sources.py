@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import yaml
 
@@ -21,7 +21,8 @@ KeyPath = tuple[str, ...]
 
 CONFIGS_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ENVIRONMENT_PREFIX = "LGPT_"
-_NOT_A_SETTING = "LGPT_REQUIRE_"  # speaks to the test suite
+# Read by the test suite and by launch/*.sh.
+_NOT_SETTINGS = ("LGPT_REQUIRE_", "LGPT_ALLOW_")
 _SHIPPED_PREFIX = "lgpt/configs/"
 _DEEPEST_NESTING = 12
 
@@ -106,7 +107,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_sources(
-    config: str | Path, overrides: Sequence[str], environ: Mapping[str, str]
+    config: Union[str, Path], overrides: Sequence[str], environ: Mapping[str, str]
 ) -> Sources:
     """Merge a config file with its parents, the environment and the command line.
 
@@ -120,11 +121,11 @@ def read_sources(
         SettingsError: A file is missing or is not YAML; nothing else can be said then.
     """
     sources = Sources()
-    for layer, file in enumerate(_chain(find_config(config))):
-        _read_file(file, layer, sources)
+    for layer, (file, mapping) in enumerate(_chain(find_config(config))):
+        _read_file(file, mapping, layer, sources)
     layer = 1000  # after all files
     for name in sorted(environ):
-        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(_NOT_A_SETTING):
+        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(_NOT_SETTINGS):
             path = tuple(name[len(ENVIRONMENT_PREFIX) :].lower().split("__"))
             place = Place(f"environment variable {name}", layer, is_typed_text=True)
             _put_text(sources, path, environ[name], place)
@@ -156,7 +157,7 @@ def _put_text(sources: Sources, path: KeyPath, text: str, place: Place) -> None:
     sources.put(path, value, place)
 
 
-def find_config(config: str | Path) -> Path:
+def find_config(config: Union[str, Path]) -> Path:
     """The file meant by a path, a run folder or a shipped name (with or without `.yaml`)."""
     path = Path(config)
     if path.is_file():
@@ -190,15 +191,15 @@ def shipped_configs() -> list[str]:
     return sorted(file.relative_to(CONFIGS_FOLDER).with_suffix("").as_posix() for file in files)
 
 
-def _chain(file: Path) -> list[Path]:
+def _chain(file: Path) -> list[tuple[Path, yaml.MappingNode]]:
     """The file and its parents, oldest ancestor first."""
-    chain: list[Path] = []
+    chain: list[tuple[Path, yaml.MappingNode]] = []
     while True:
-        if file.resolve() in (known.resolve() for known in chain):
-            circle = " -> ".join(str(known) for known in [*chain, file])
+        if file.resolve() in (known.resolve() for known, _ in chain):
+            circle = " -> ".join(str(known) for known in [*(known for known, _ in chain), file])
             raise SettingsError(f"extends goes in a circle: {circle}; remove one of them.")
-        chain.append(file)
-        mapping, _ = _mapping_of(file)
+        mapping = _mapping_of(file)
+        chain.append((file, mapping))
         named = next((node for key, node in mapping.value if key.value == "extends"), None)
         if named is None:
             return chain[::-1]
@@ -207,14 +208,16 @@ def _chain(file: Path) -> list[Path]:
             raise SettingsError(
                 f"extends ({place}) must be one name: a file beside {file} or a shipped config."
             )
-        beside = file.parent / named.value
+        beside = [file.parent / named.value, file.parent / f"{named.value}.yaml"]
         try:
-            file = find_config(beside if beside.is_file() else named.value)
+            file = next((path for path in beside if path.is_file()), None) or find_config(
+                named.value
+            )
         except SettingsError as error:
             raise SettingsError(f"extends = {named.value!r} ({place}): {error}") from None
 
 
-def _mapping_of(file: Path) -> tuple[yaml.MappingNode, str]:
+def _mapping_of(file: Path) -> yaml.MappingNode:
     try:
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -228,11 +231,11 @@ def _mapping_of(file: Path) -> tuple[yaml.MappingNode, str]:
         node = yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
         raise SettingsError(f"{file} must hold `section:` lines at its top.")
-    return node, str(file)
+    return node
 
 
-def _read_file(file: Path, layer: int, sources: Sources) -> None:
-    mapping, name = _mapping_of(file)
+def _read_file(file: Path, mapping: yaml.MappingNode, layer: int, sources: Sources) -> None:
+    name = str(file)
     reader = _NodeReader(name)
     tree = reader.plain(mapping)
     tree.pop("extends", None)

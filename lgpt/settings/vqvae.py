@@ -30,7 +30,7 @@ class VqvaeSettings(Section):
     z_channels: int = Field(256, ge=1)
     ch: int = Field(128, ge=32, multiple_of=32, description="base width; GroupNorm has 32 groups")
     ch_mult: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)
-    num_res_blocks: int = Field(2, ge=1)
+    num_res_blocks: int = Field(2, ge=0)
     attn_resolutions: tuple[int, ...] = (16,)
     resolution: int = Field(256, ge=8, description="nominal side that attn_resolutions refers to")
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -1,0 +1,144 @@
+"""Layers of settings: which one wins, what a config file may say, and that a dump loads again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lgpt.core.errors import SettingsError
+from lgpt.settings.phases import Phase1, Phase2, Phase3
+from lgpt.settings.run import dump_run_settings, load_run_settings
+from lgpt.settings.sources import find_config
+
+PHASE2 = "phase: 2\nname: tiny\ntraining:\n  max_steps: 5000\n"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def problems_of(path: Path, *overrides: str, **environ: str) -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        load_run_settings(path, overrides, environ)
+    return caught.value.problems
+
+
+def test_later_layers_win(tmp_path):
+    write(tmp_path, "parent.yaml", "seed: 1\ndata:\n  resolution: 64\n  workers: 3\n")
+    child = write(tmp_path, "child.yaml", f"extends: parent\n{PHASE2}data:\n  resolution: 128\n")
+    assert load_run_settings(child, environ={}).data.workers == 3
+    assert load_run_settings(child, environ={}).data.resolution == 128
+    environ = {"LGPT_DATA__RESOLUTION": "256", "LGPT_SEED": "7", "PATH": "/bin"}
+    run = load_run_settings(child, ["seed=9"], environ)
+    assert (run.data.resolution, run.seed) == (256, 9)
+
+
+def test_the_phase_decides_what_is_trained_and_where_it_is_tracked():
+    expected = {
+        "phase1_pretrained": (Phase1, "transformer", "latent-gpt-pretrained-vqvae", "zero2_bf16"),
+        "phase2_vqvae": (Phase2, "vqvae", "vqvae-training", "zero2_bf16"),
+        "phase3_500m": (Phase3, "transformer", "latent-gpt-custom-vqvae", "zero3_bf16"),
+    }
+    for name, (model, trains, experiment, deepspeed) in expected.items():
+        run = load_run_settings(name, environ={})
+        assert isinstance(run, model)
+        assert (run.trains, run.experiment, run.deepspeed_config) == (trains, experiment, deepspeed)
+
+
+def test_numbers_in_every_notation_of_yaml(tmp_path):
+    path = write(tmp_path, "a.yaml", PHASE2 + "optimizer:\n  learning_rate: 3e-4\n")
+    run = load_run_settings(path, ["optimizer.eps=1E-9", "name=2024-01-01"], {"LGPT_SEED": "1_000"})
+    assert (run.optimizer.learning_rate, run.optimizer.eps, run.seed) == (3e-4, 1e-9, 1000)
+    assert run.name == "2024-01-01"
+
+
+def test_text_on_the_command_line_needs_no_quotes(tmp_path):
+    path = write(tmp_path, "a.yaml", PHASE2)
+    assert load_run_settings(path, ["name=123"], {}).name == "123"
+    assert load_run_settings(path, ["data.source=true", "data.dataset=folder"], {}).data.source
+
+
+def test_an_empty_section_is_the_default_one(tmp_path):
+    path = write(tmp_path, "a.yaml", PHASE2 + "data:\nbatch: {}\n")
+    assert load_run_settings(path, environ={}).batch.global_batch_images == 256
+
+
+@pytest.mark.parametrize(
+    "name", ["phase3_500m", "phase3_500m.yaml", "lgpt/configs/phase3_500m", "./demo/phase3_shapes"]
+)
+def test_shipped_configs_are_found_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name).is_file()
+
+
+def test_a_file_wins_over_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "phase3_500m.yaml", PHASE2)
+    assert load_run_settings("phase3_500m.yaml", environ={}).name == "tiny"
+
+
+def test_a_run_folder_is_a_config(tmp_path):
+    run = load_run_settings("demo/phase3_shapes", environ={})
+    write(tmp_path, "config.yaml", dump_run_settings(run))
+    assert load_run_settings(tmp_path, environ={}) == run
+
+
+def test_a_missing_config_names_the_nearest(tmp_path):
+    with pytest.raises(SettingsError, match=r"'phase3_50m'.*did you mean phase3_500m\?"):
+        load_run_settings("phase3_50m", environ={})
+    path = write(tmp_path, "a.yaml", "\nextends: bas\n" + PHASE2)
+    with pytest.raises(SettingsError, match=r"a\.yaml:2.*did you mean base\?"):
+        load_run_settings(path, environ={})
+
+
+def test_extends_in_a_circle_is_refused(tmp_path):
+    a = write(tmp_path, "a.yaml", "extends: b.yaml\n")
+    write(tmp_path, "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(SettingsError, match=r"circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        load_run_settings(a, environ={})
+
+
+def test_a_key_written_twice_is_refused(tmp_path):
+    path = write(tmp_path, "a.yaml", PHASE2 + "data:\n  resolution: 64\n  resolution: 128\n")
+    (problem,) = problems_of(path)
+    assert f"data.resolution is written twice ({path}:6 and :7)" in problem
+
+
+def test_broken_yaml_names_the_line(tmp_path):
+    path = write(tmp_path, "a.yaml", "phase: 2\nname: [a\n")
+    with pytest.raises(SettingsError, match=r"a\.yaml:\d+ is not YAML"):
+        load_run_settings(path, environ={})
+    with pytest.raises(SettingsError, match="section"):
+        load_run_settings(write(tmp_path, "b.yaml", "- 1\n"), environ={})
+
+
+def test_extends_is_for_files_only(tmp_path):
+    path = write(tmp_path, "a.yaml", PHASE2)
+    (problem,) = problems_of(path, "extends=base")
+    assert "only a config file can say `extends`" in problem
+
+
+def test_variables_that_are_no_settings_are_ignored(tmp_path):
+    path = write(tmp_path, "a.yaml", PHASE2)
+    load_run_settings(path, environ={"LGPT_REQUIRE_SLURM": "1", "LGPT_ALLOW_CUDA_TORCH": "1"})
+
+
+def test_a_dump_loads_to_an_equal_run(tmp_path):
+    for name, overrides in [
+        ("phase1_pretrained", ["sampling.prompts=[a dog, 'yes: a cat']", "tracking.enabled=false"]),
+        ("phase2_vqvae", ["vqvae.codebook_update=ema", "data.source=/somewhere"]),
+        ("phase3_500m", ["conditioning=unconditional", "schedule.decay=constant"]),
+    ]:
+        run = load_run_settings(name, overrides, {})
+        path = write(tmp_path, "dump.yaml", dump_run_settings(run))
+        assert load_run_settings(path, environ={}) == run
+
+
+def test_an_inherited_value_gives_way_to_a_later_switch():
+    run = load_run_settings("phase3_500m", ["conditioning=unconditional"], {})
+    assert isinstance(run, Phase3)
+    assert run.transformer.cond_drop == 0.1  # the default: nothing of the text settings is left
+    assert "encoder" not in dump_run_settings(run)

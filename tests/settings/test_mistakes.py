@@ -1,0 +1,219 @@
+"""Every mistake is named with its place, value and way out, and all of them at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lgpt.core.errors import SettingsError
+from lgpt.settings.run import load_run_settings
+
+TRANSFORMER = """
+phase: 1
+name: tiny
+training: {max_steps: 5000}
+latent_cache: cache
+"""
+VQVAE = """
+phase: 2
+name: tiny
+training: {max_steps: 5000}
+"""
+
+
+def problems_of(text: str, folder: Path, *overrides: str, **environ: str) -> tuple[str, ...]:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_run_settings(path, overrides, environ)
+    return tuple(problem.replace(f"{folder}/", "") for problem in caught.value.problems)
+
+
+TEN_MISTAKES = """
+phase: 3
+name: "two words"
+trainning:
+  max_steps: 100
+training:
+  max_steps: 100
+  precision: fp16
+  max_stepps: 3
+data:
+  resolution: 250
+batch:
+  global_batch_images: 100
+  micro_batch_images: 32
+transformer:
+  hidden: 1000
+  heads: 16
+  postions: rope2d
+schedule:
+  warmup_steps: 100
+vqvae:
+  source: custom
+  checkpoint: runs/v
+  downsample_factor: 16
+deepspeed: zero2_fp16
+"""
+TEN_TEXTS = (
+    'name = "two words" (run.yaml:3) must match',
+    "trainning (run.yaml:5) is not a setting of a run: did you mean training?",
+    'training.precision = "fp16" (run.yaml:8) must be one of bf16, fp32.',
+    "training.max_stepps (run.yaml:9) is not a setting of section training: did you mean "
+    "training.max_steps?",
+    "data.resolution = 250 (run.yaml:11) must be a multiple of vqvae.downsample_factor = 16 "
+    "(run.yaml:24); use 240 or 256.",
+    "batch.global_batch_images (100, run.yaml:13) must be a multiple of micro_batch_images x "
+    "world_size (32 x 1 = 32); set it to 96 or 128.",
+    "transformer.hidden = 1000 (run.yaml:16) must be a multiple of transformer.heads = 16 "
+    "(run.yaml:17); use 992 or 1008.",
+    "transformer.postions (run.yaml:18) is not a setting of section transformer: did you mean "
+    "transformer.positions?",
+    "schedule.warmup_steps = 100 (run.yaml:20) must be less than training.max_steps = 100 "
+    "(run.yaml:7): the learning rate would never reach its value; set it to 10 or so.",
+    "deepspeed = \"zero2_fp16\" (run.yaml:25): no DeepSpeed config 'zero2_fp16': did you mean "
+    "zero2_bf16?",
+)
+
+
+def test_ten_mistakes_are_all_printed_before_torch_is_imported(tmp_path):
+    (tmp_path / "run.yaml").write_text(TEN_MISTAKES)
+    program = (
+        "import sys\n"
+        "from lgpt.core.errors import SettingsError\n"
+        "from lgpt.settings.run import load_run_settings\n"
+        "try:\n    load_run_settings('run.yaml', environ={})\n"
+        "except SettingsError as error:\n    print(error)\n"
+        "print('torch' in sys.modules, 'deepspeed' in sys.modules)\n"
+    )
+    path = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for text in TEN_TEXTS:
+        assert text in done.stdout
+    assert "run.yaml: 10 problems" in done.stdout
+    assert done.stdout.endswith("False False\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("seed=x", 'seed = "x" (command line) must be a whole number.'),
+        ("seed=1.5", "seed = 1.5 (command line) must be a whole number."),
+        ("seed=-1", "seed = -1 (command line) must be at least 0."),
+        ("seed=yes", "seed = true (command line) must be a number, not true or false."),
+        ("optimizer.learning_rate=0", "(command line) must be greater than 0.0."),
+        ("optimizer.learning_rate=.nan", "must be a finite number."),
+        ("optimizer.beta1=1", "must be less than 1.0."),
+        ("tracking.enabled=3", "tracking.enabled = 3 (command line) must be true or false."),
+        ("data.crop_scale_min=2", "must be at most 1.0."),
+        ("data=3", "data = 3 (command line) must be a section with keys under it."),
+        ("name=[a]", 'name = ["a"] (command line) must be text; put it in quotes'),
+        ("vqvae.ch=40", "vqvae.ch = 40 (command line) must be a multiple of 32."),
+        ("vqvae.ch_mult=[]", "must have at least 1 entries."),
+        ("vqvae.ch_mult=[1,x]", 'vqvae.ch_mult[1] = "x" (command line) must be a whole number.'),
+        ("vqvae.ch_mult=3", "must be a list, for example [a, b]."),
+        ("vqvae.codebook_update=emma", "must be one of gradient, ema. Did you mean ema?"),
+        ("training.max_steps", "an override is written section.key=value"),
+        ("seed=[", "seed = '[' (command line): not YAML"),
+        ("phase=4", "phase = 4 (command line) must be 1, 2 or 3."),
+        ("phase=null", "phase is missing: set 1"),
+        ("training=null", "training.max_steps is missing"),
+        ("data.max_step=3", "did you mean"),
+        ("data.max_steps=3", "it belongs to another section: training.max_steps."),
+        ("transformer.layers=3", "is not a setting of a run: it belongs to phase 1 and phase 3;"),
+        ("vqvae.checkpoint=a", "it belongs to phase 1 and phase 3; remove it, or change `phase`."),
+        ("loss.input_range=a", "in phase 1 and phase 3 it is vqvae.input_range; remove it, or"),
+    ],
+)
+def test_one_mistake_is_told_with_value_place_and_way_out(override, text, tmp_path):
+    problems = problems_of(VQVAE, tmp_path, override)
+    assert len(problems) == 1, problems
+    assert text in problems[0]
+
+
+def test_variables_with_one_underscore_are_refused(tmp_path):
+    (problem,) = problems_of(VQVAE, tmp_path, LGPT_TRAINING_MAX_STEPS="3")
+    assert "environment variable LGPT_TRAINING_MAX_STEPS" in problem
+    assert "did you mean training.max_steps?" in problem
+    assert "two underscores" in problem
+
+
+@pytest.mark.parametrize(
+    ("base", "overrides", "texts"),
+    [
+        (VQVAE, ["data.dataset=folder"], ["needs data.source"]),
+        (VQVAE, ["data.flip=true"], ["data.flip = true", "data.crops = 1 (default)"]),
+        (VQVAE, ["data.dataset=shapes", "data.crops=2"], ["data.crops = 2", "set data.crops to 1"]),
+        (VQVAE, ["data.resolution=100"], ["data.resolution = 100", "16", "use 96 or 112"]),
+        (VQVAE, ["vqvae.attn_resolutions=[20]"], ["names 20", "256, 128, 64, 32, 16"]),
+        (VQVAE, ["vqvae.ch_mult=[1,0,2]", "vqvae.attn_resolutions=[]"], ["at least 1"]),
+        (TRANSFORMER, ["transformer.hidden=72"], ["72", "16", "use 64 or 80"]),
+        (TRANSFORMER, ["transformer.hidden=96"], ["gives 6", "multiple of 64", "learned"]),
+        (TRANSFORMER, ["transformer.attention=flash", "transformer.heads=256"], ["gives 4"]),
+        (
+            TRANSFORMER,
+            ["transformer.attention=flash", "training.precision=fp32"],
+            ["no float32 kernel"],
+        ),
+        (TRANSFORMER, ["sampling.prompts=[a,b]", "sampling.images=1"], ["has 2 entries"]),
+        (TRANSFORMER, ["sampling.top_k=300", "vqvae.codebook_size=256"], ["at most", "256"]),
+        (TRANSFORMER, ["vqvae.source=custom", "vqvae.checkpoint=a"], ["does not fit phase = 1"]),
+        (TRANSFORMER, ["vqvae.source=pretrained_taming"], ["vqvae.checkpoint", "Flax"]),
+        (TRANSFORMER, ["data.resolution=250", "vqvae.downsample_factor=16"], ["use 240 or 256"]),
+        (
+            TRANSFORMER,
+            ["data.dataset=shapes", "data.flip=true", "data.crops=2"],
+            ["captions", "left"],
+        ),
+        (TRANSFORMER, ["data.dataset=shapes", "data.crop_scale_min=0.5"], ["size and place"]),
+    ],
+)
+def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
+    problems = problems_of(base, tmp_path, *overrides)
+    assert len(problems) == 1, problems
+    for text in texts:
+        assert text in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "overrides"),
+    [
+        (VQVAE, ["data.shapes.train_images=3"]),
+        (VQVAE, ["data.dataset=shapes", "data.source=a"]),
+        (VQVAE, ["schedule.decay=constant", "schedule.final_ratio=0.5"]),
+        (VQVAE, ["training.validate_every=0", "training.validation_images=3"]),
+        (VQVAE, ["tracking.enabled=false", "tracking.uri=a"]),
+        (VQVAE, ["vqvae.ema_decay=0.9"]),
+        (VQVAE, ["vqvae.revive_dead_codes=false"]),
+        (VQVAE, ["vqvae.codebook_update=ema", "loss.codebook_weight=2"]),
+        (TRANSFORMER, ["conditioning=unconditional", "text.encoder=a"]),
+        (TRANSFORMER, ["conditioning=unconditional", "transformer.cond_drop=0.2"]),
+        (TRANSFORMER, ["conditioning=unconditional", "sampling.guidance=2"]),
+        (TRANSFORMER, ["latent_cache=null", "text.cache_dtype=bfloat16"]),
+        (TRANSFORMER, ["training.sample_every=0", "sampling.images=4"]),
+        (TRANSFORMER, ["vqvae.ddconfig=model.yaml"]),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(base, overrides, tmp_path):
+    (problem,) = problems_of(base, tmp_path, *overrides)
+    assert problem.startswith(overrides[-1].split("=")[0] + " = ")
+    assert "(command line) has no effect" in problem
+    assert problem.endswith("remove it.")
+
+
+def test_problems_of_broken_values_do_not_repeat_as_contradictions(tmp_path):
+    (problem,) = problems_of(TRANSFORMER, tmp_path, "transformer.heads=x", "transformer.hidden=72")
+    assert "whole number" in problem
+
+
+def test_problems_of_the_deepspeed_config_stand_beside_those_of_the_run(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_cliping": 1}')
+    problems = problems_of(VQVAE, tmp_path, "seed=x", f"deepspeed={tmp_path}/ds.json")
+    assert len(problems) == 2
+    assert "gradient_cliping = 1 (ds.json)" in problems[1]
