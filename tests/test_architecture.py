@@ -108,4 +108,3 @@ def test_every_import_is_declared_and_every_requirement_is_imported():
     assert used - offered == set(), "imported, but not in setup.py"
     needed = {MODULE_OF.get(name, name) for name in declared("REQUIRES")}
     assert needed - used - NEEDED_BY_OTHERS.keys() == set(), "in setup.py, but never imported"
-
