@@ -11,9 +11,9 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
@@ -92,7 +92,7 @@ def causal_attention(
 
         # By keyword: flash-attn 2.6 put `softcap` in the middle of the positional ones.
         return flash_attn_func(q=q_BLNK, k=k_BLNK, v=v_BLNK, causal=True)
-    attended = F.scaled_dot_product_attention(
+    attended = functional.scaled_dot_product_attention(
         q_BLNK.transpose(1, 2), k_BLNK.transpose(1, 2), v_BLNK.transpose(1, 2), is_causal=True
     )
     return attended.transpose(1, 2)
@@ -121,7 +121,7 @@ def cached_attention(
             causal=True,
         )
     keys, values = cache.append(k_B1NK, v_B1NK, position)
-    attended = F.scaled_dot_product_attention(
+    attended = functional.scaled_dot_product_attention(
         q_B1NK.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     )
     return attended.transpose(1, 2)
@@ -252,7 +252,7 @@ class CrossAttention(nn.Module):
         """Attend to the text tokens whose mask is True."""
         batch, length, _ = x_BLD.shape
         q_BLNK = self.q_norm(self.q(x_BLD).view(batch, length, self.heads, -1))
-        attended = F.scaled_dot_product_attention(
+        attended = functional.scaled_dot_product_attention(
             q_BLNK.transpose(1, 2), keys, values, attn_mask=mask_B11T
         )
         return self.out(attended.transpose(1, 2).reshape(batch, length, -1))

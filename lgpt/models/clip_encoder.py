@@ -65,8 +65,9 @@ class ClipTextEncoder:
             raw_config = CLIPTextConfig.get_config_dict(name)[0]
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"text encoder {name!r} cannot be read: {error} Give the folder of a CLIP model, a "
-                "hub name that is reachable or already downloaded, or text.encoder=random."
+                f"text encoder {name!r} cannot be read: {_first_line(error)} Give the folder of a "
+                "CLIP model, a hub name that is reachable or already downloaded, or "
+                "text.encoder=random."
             ) from error
         if raw_config.get("model_type") not in ("clip", "clip_text_model"):
             raise CheckpointError(
@@ -160,7 +161,9 @@ def _load_text_tower(name: str) -> Any:
     try:
         model, info = CLIPTextModel.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"text encoder {name!r} cannot be loaded: {error}") from error
+        raise CheckpointError(
+            f"text encoder {name!r} cannot be loaded: {_first_line(error)}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
@@ -180,6 +183,10 @@ def _load_text_tower(name: str) -> Any:
             "be random. Give a complete CLIP."
         )
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def make_random_clip_text_encoder(

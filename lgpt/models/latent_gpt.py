@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.files import write_json_atomically
@@ -127,9 +127,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_gated:
-            return self.down(F.gelu(self.up(x)))
+            return self.down(functional.gelu(self.up(x)))
         gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
+        return self.down(functional.silu(gate) * value)
 
 
 class Block(nn.Module):

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 # Distances are built for so many pairs at a time (2^25 float32 = 128 MiB).
 _MAX_DISTANCES = 1 << 25
@@ -89,7 +89,7 @@ class Codebook(nn.Module):
         self.is_normalized = is_normalized
         weight = torch.empty(num_codes, dim).uniform_(-1.0 / num_codes, 1.0 / num_codes)
         if is_normalized:
-            weight = F.normalize(weight, dim=1)
+            weight = functional.normalize(weight, dim=1)
         if is_learned:
             self.weight = nn.Parameter(weight)
         else:
@@ -106,10 +106,10 @@ class Codebook(nn.Module):
             with torch.no_grad():
                 rows = self.weight.float()
                 tokens = _nearest_rows(
-                    z_ND, F.normalize(rows, dim=1) if self.is_normalized else rows
+                    z_ND, functional.normalize(rows, dim=1) if self.is_normalized else rows
                 )
-        codes_ND = F.embedding(tokens, self.weight).float()
-        return tokens, F.normalize(codes_ND, dim=1) if self.is_normalized else codes_ND
+        codes_ND = functional.embedding(tokens, self.weight).float()
+        return tokens, functional.normalize(codes_ND, dim=1) if self.is_normalized else codes_ND
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return _apply_keeping_float32_buffers(self, fn, recurse)
@@ -173,16 +173,16 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(device_type=z.device.type, enabled=False):
             z_ND = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
             if self.is_normalized:
-                z_ND = F.normalize(z_ND, dim=1)
+                z_ND = functional.normalize(z_ND, dim=1)
             is_updating = self.uses_moving_averages and self.training
             if is_updating and not bool(self.is_initialized):
                 self._lay_codes_onto(z_ND.detach())
             tokens, codes_ND = self.embedding(z_ND)
-            commitment_loss = F.mse_loss(z_ND, codes_ND.detach())
+            commitment_loss = functional.mse_loss(z_ND, codes_ND.detach())
             if self.uses_moving_averages:
                 codebook_loss = torch.zeros_like(commitment_loss)
             else:
-                codebook_loss = F.mse_loss(codes_ND, z_ND.detach())
+                codebook_loss = functional.mse_loss(codes_ND, z_ND.detach())
             latents_ND = z_ND + (codes_ND - z_ND).detach()
             if is_updating:
                 self._follow(z_ND.detach(), tokens)
@@ -200,7 +200,7 @@ class VectorQuantizer(nn.Module):
         batch, dim, height, width = z.shape
         z_ND = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
         if self.is_normalized:
-            z_ND = F.normalize(z_ND, dim=1)
+            z_ND = functional.normalize(z_ND, dim=1)
         return self.embedding(z_ND)[0].view(batch, height, width)
 
     def lookup(self, tokens: Int[Tensor, "batch h w"]) -> Float[Tensor, "batch dim h w"]:
@@ -213,7 +213,9 @@ class VectorQuantizer(nn.Module):
     def _lay_codes_onto(self, z_ND: Tensor) -> None:
         rows_KD = _rows_of_first_rank(z_ND, self.num_codes)
         fair_share = z_ND.shape[0] * _world_size() / self.num_codes
-        self.embedding.weight.copy_(F.normalize(rows_KD, dim=1) if self.is_normalized else rows_KD)
+        self.embedding.weight.copy_(
+            functional.normalize(rows_KD, dim=1) if self.is_normalized else rows_KD
+        )
         self.ema_count.fill_(fair_share)
         self.ema_sum.copy_(self.embedding.weight * fair_share)
         self.is_initialized.fill_(1)
@@ -231,7 +233,7 @@ class VectorQuantizer(nn.Module):
             self._revive(z_ND)
         mean_KD = self.ema_sum / self.ema_count.clamp_min(_LEAST_COUNT).unsqueeze(1)
         if self.is_normalized:
-            mean_KD = F.normalize(mean_KD, dim=1)
+            mean_KD = functional.normalize(mean_KD, dim=1)
         is_trusted = (self.ema_count > _LEAST_COUNT).unsqueeze(1)
         self.embedding.weight.copy_(torch.where(is_trusted, mean_KD, self.embedding.weight))
 

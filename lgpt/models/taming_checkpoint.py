@@ -104,9 +104,12 @@ def _load_as_data(path: Path) -> Any:
     ) as error:
         if wished := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(_refusal(path, wished[1])) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch puts a paragraph of advice around the one sentence that counts.
+        text = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
+        reason = re.split(r"\. |\n", text)[0].rstrip(".")
         raise CheckpointError(
-            f"{path} is damaged or not a PyTorch file: {reason}. Copy or download it again."
+            f"{path} is not a PyTorch file that can be read as data: {reason}. Copy or download "
+            "it again."
         ) from error
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 # Logits are made in float32 for so many (row, code) pairs at a time: 2^24 are 64 MiB.
 _MAX_LOGITS = 1 << 24
@@ -37,7 +37,7 @@ class TokenHead(nn.Module):
     ) -> Union[Float[Tensor, "batch length codes"], Float[Tensor, ""]]:
         """Logits [B, L, V], or with targets the mean cross-entropy in nats (float32 scalar)."""
         if targets is None:
-            return F.linear(hidden, self.weight)
+            return functional.linear(hidden, self.weight)
         loss: Tensor = _ChunkedCrossEntropy.apply(
             hidden.flatten(0, 1), self.weight, targets.flatten()
         )
@@ -62,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         step = max(1, _MAX_LOGITS // weight_VD.shape[0])
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            logits = F.linear(hidden_MD[part], weight_VD).float()
+            logits = functional.linear(hidden_MD[part], weight_VD).float()
             log_norm = logits.logsumexp(dim=1, keepdim=True)
             chosen = targets_M[part].unsqueeze(1)
             loss += (log_norm - logits.gather(1, chosen)).sum()

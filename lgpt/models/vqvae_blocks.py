@@ -6,8 +6,8 @@ Keys, paddings and the place of attention follow `taming/modules/diffusionmodule
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lgpt.models.vqvae_config import VQVAEConfig
 
@@ -31,8 +31,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        hidden = self.conv1(functional.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(functional.silu(self.norm2(hidden))))
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return shortcut + hidden
 
@@ -55,7 +55,7 @@ class AttnBlock(nn.Module):
             conv(normed).view(batch, 1, channels, height * width).transpose(2, 3)
             for conv in (self.q, self.k, self.v)
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = functional.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(attended.transpose(2, 3).reshape(batch, channels, height, width))
 
 
@@ -67,7 +67,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(functional.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -78,7 +78,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Middle(nn.Module):
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
         hidden = self.conv_in(images)
         for stage in self.down:
             hidden = stage(hidden)
-        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+        return self.conv_out(functional.silu(self.norm_out(self.mid(hidden))))
 
 
 class Decoder(nn.Module):
@@ -190,4 +190,4 @@ class Decoder(nn.Module):
         hidden = self.mid(self.conv_in(latents))
         for stage in reversed(self.up):
             hidden = stage(hidden)
-        return self.conv_out(F.silu(self.norm_out(hidden)))
+        return self.conv_out(functional.silu(self.norm_out(hidden)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -58,7 +58,7 @@ def picture_grid(
     return sheet
 
 
-def _wrap(caption: str, width: int, font: ImageFont.ImageFont) -> list[str]:
+def _wrap(caption: str, width: int, font: Any) -> list[str]:
     """Lines that fit; Pillow's built-in font knows Latin-1 only."""
     words = caption.encode("latin-1", "replace").decode("latin-1").split()
     lines: list[str] = []

@@ -162,7 +162,7 @@ class TextToImagePipeline:
             pictures += self._draw(None, None, [seed + n for n in numbers], choices)
         return pictures
 
-    def _choices(self, **given: Optional[float]) -> dict[str, Any]:
+    def _choices(self, **given: Any) -> dict[str, Any]:
         return {**self.sampling, **{k: v for k, v in given.items() if v is not None}}
 
     @torch.no_grad()

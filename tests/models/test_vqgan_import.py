@@ -1,0 +1,297 @@
+"""VQGANs from elsewhere: equal to the reference implementations, and never unpickled into code."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from lgpt.core.errors import CheckpointError, SettingsError
+from lgpt.models.flax_weights import read_flax_folder
+from lgpt.models.vqgan_import import export_taming, load_vqvae
+from lgpt.models.vqvae import VQVAE, inference_state
+from lgpt.models.vqvae_config import VQVAEConfig
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SETS = [
+    ("pretrained_taming", "taming_tiny"),
+    ("pretrained_taming", "taming_f8_tiny"),
+    ("pretrained_hf", "flax_tiny"),
+]
+
+
+@pytest.mark.parametrize("suffix", ["", "_rect"])
+@pytest.mark.parametrize(("source", "name"), SETS)
+def test_reference_implementation_gives_the_same(source: str, name: str, suffix: str) -> None:
+    def stored(what: str) -> Tensor:
+        tensor = torch.from_numpy(np.load(FIXTURES / name / f"{what}{suffix}.npy"))
+        return tensor.permute(0, 3, 1, 2) if name == "flax_tiny" and tensor.ndim == 4 else tensor
+
+    vqvae = load_vqvae(source, FIXTURES / name)
+    images, indices = stored("images"), stored("indices")
+    with torch.no_grad():
+        torch.testing.assert_close(vqvae.latents(images), stored("prequant"), atol=2e-4, rtol=0)
+        assert torch.equal(vqvae.encode(images), indices)
+        torch.testing.assert_close(vqvae.decode(indices), stored("decoded"), atol=2e-4, rtol=0)
+
+
+def test_report_says_what_matched_and_what_was_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lgpt"):
+        vqvae = load_vqvae("pretrained_taming", FIXTURES / "taming_tiny" / "last.ckpt")
+    text = "\n".join(vqvae.report)
+    assert "all 243 tensors matched" in text
+    assert "left out 12 tensors of the loss" in text
+    assert "64 codes of width 32, f=16" in text
+    assert all(fact in caplog.text for fact in vqvae.report)
+
+
+def test_loading_leaves_torch_s_list_of_allowed_classes_as_it_was() -> None:
+    before = set(torch.serialization.get_safe_globals())
+    load_vqvae("pretrained_taming", FIXTURES / "taming_tiny")
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_flax_names_map_as_vqgan_jax_maps_them() -> None:
+    """The full-size mapping, with the arrays replaced by their shapes."""
+    tree: dict = {}
+    expected = {}
+    with (FIXTURES / "taming_to_flax_f16_16384.tsv").open() as stream:
+        for row in csv.DictReader(stream, delimiter="\t"):
+            *modules, leaf = row["flax path"].split("/")
+            node = tree
+            for name in modules:
+                node = node.setdefault(name, {})
+            shape = [int(side) for side in row["flax shape"].split("x")]
+            node[leaf] = np.broadcast_to(np.float32(0), shape)
+            expected[row["taming key"]] = [int(side) for side in row["taming shape"].split("x")]
+    from lgpt.models.flax_weights import _flatten, _taming_key, _taming_tensor
+
+    found = {}
+    for path, array in _flatten(tree, ()):
+        small = array[tuple(slice(0, 1) for _ in array.shape)]  # names and axes, not 300 MB
+        axes = (3, 2, 0, 1) if path[-1] == "kernel" else tuple(range(array.ndim))
+        found[_taming_key(path)] = [array.shape[axis] for axis in axes]
+        assert _taming_tensor(path, small).ndim == array.ndim
+    assert found == expected
+
+
+def _repacked(folder: Path, change: Callable[[tuple[str, ...], np.ndarray], object]) -> Path:
+    """A copy of flax_tiny with every array passed through `change`."""
+    from lgpt.models.flax_weights import _array_of
+
+    def walk(node: object, path: tuple[str, ...]) -> object:
+        if isinstance(node, dict):
+            return {name: walk(child, (*path, name)) for name, child in node.items()}
+        assert isinstance(node, np.ndarray)
+        return change(path, node)
+
+    raw = (FIXTURES / "flax_tiny" / "flax_model.msgpack").read_bytes()
+    tree = walk(msgpack.unpackb(raw, ext_hook=_array_of, raw=False), ())
+    folder.mkdir()
+    shutil.copy(FIXTURES / "flax_tiny" / "config.json", folder)
+    (folder / "flax_model.msgpack").write_bytes(msgpack.packb(tree, use_bin_type=True))
+    return folder
+
+
+def _leaf(array: np.ndarray) -> msgpack.ExtType:
+    parts = (list(array.shape), array.dtype.name, array.tobytes())
+    return msgpack.ExtType(1, msgpack.packb(parts, use_bin_type=True))
+
+
+def test_old_flax_norms_and_chunked_arrays_read_the_same(tmp_path: Path) -> None:
+    def older(path: tuple[str, ...], array: np.ndarray) -> object:
+        if any(name.startswith("norm") for name in path):
+            return _leaf(array.reshape(1, 1, 1, -1))
+        if path[-1] == "embedding":
+            flat = array.reshape(-1)
+            return {
+                "__msgpack_chunked_array__": True,
+                "shape": {str(i): side for i, side in enumerate(array.shape)},
+                "chunks": {"0": _leaf(flat[:100]), "1": _leaf(flat[100:])},
+            }
+        return _leaf(array)
+
+    _, usual = read_flax_folder(FIXTURES / "flax_tiny")
+    _, old = read_flax_folder(_repacked(tmp_path / "old", older))
+    assert usual.keys() == old.keys()
+    assert all(torch.equal(usual[name], old[name]) for name in usual)
+
+
+def test_flax_file_with_a_missing_tensor_or_cut_off_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(FIXTURES / "flax_tiny", folder)
+    weights = folder / "flax_model.msgpack"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="damaged or not a Flax VQGAN"):
+        load_vqvae("pretrained_hf", folder)
+    tree = msgpack.unpackb((FIXTURES / "flax_tiny" / "flax_model.msgpack").read_bytes(), raw=False)
+    del tree["quant_conv"]["bias"]
+    weights.write_bytes(msgpack.packb(tree, use_bin_type=True))
+    with pytest.raises(CheckpointError, match=r"missing quant_conv\.bias"):
+        load_vqvae("pretrained_hf", folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["evil", "evil_builtin", "evil_legacy", "evil_prefix", "evil_state_dict"]
+)
+def test_checkpoint_that_runs_code_is_refused_and_its_code_not_run(name: str) -> None:
+    listed = json.loads((FIXTURES / "evil" / "evil.json").read_text())["evil"]
+    trace = Path(listed[f"{name}.ckpt"]["touches"])
+    trace.unlink(missing_ok=True)
+    architecture = FIXTURES / "taming_tiny" / "model.yaml"
+    with pytest.raises(CheckpointError, match=f"{name}.ckpt") as raised:
+        load_vqvae("pretrained_taming", FIXTURES / "evil" / f"{name}.ckpt", ddconfig=architecture)
+    assert not trace.exists()
+    if name == "evil":
+        assert "asks for posix.system" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["truncated_4k", "truncated_16k"])
+def test_cut_off_checkpoint_is_refused(name: str) -> None:
+    architecture = FIXTURES / "taming_tiny" / "model.yaml"
+    with pytest.raises(CheckpointError, match=f"{name}.ckpt .*Copy or download it again"):
+        load_vqvae("pretrained_taming", FIXTURES / "evil" / f"{name}.ckpt", ddconfig=architecture)
+
+
+def test_flipped_bits_that_torch_does_not_notice_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "taming_tiny", tmp_path, dirs_exist_ok=True)
+    damage = json.loads((FIXTURES / "evil" / "evil.json").read_text())["damaged"]
+    content = bytearray((tmp_path / "last.ckpt").read_bytes())
+    for flip in damage["bitflipped_last.ckpt"]["flips"]:
+        content[flip["offset"]] ^= flip["xor"]
+    (tmp_path / "last.ckpt").write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="checksum of archive/data/94497491622976 is wrong"):
+        load_vqvae("pretrained_taming", tmp_path)
+
+
+def test_second_stage_checkpoint_gives_its_first_stage(tmp_path: Path) -> None:
+    usual = load_vqvae("pretrained_taming", FIXTURES / "taming_f8_tiny")
+    nested = {f"first_stage_model.{k}": v for k, v in inference_state(usual).items()}
+    torch.save(
+        {"state_dict": {**nested, "transformer.head": torch.zeros(1)}}, tmp_path / "last.ckpt"
+    )
+    document = yaml.safe_load((FIXTURES / "taming_f8_tiny" / "model.yaml").read_text())
+    (tmp_path / "model.yaml").write_text(
+        yaml.safe_dump({"model": {"params": {"first_stage_config": document["model"]}}})
+    )
+    again = load_vqvae("pretrained_taming", tmp_path)
+    assert again.weights_digest() == usual.weights_digest()
+
+
+def test_gumbel_vqgan_and_strangers_are_refused_by_name(tmp_path: Path) -> None:
+    keys = json.loads((FIXTURES / "taming_gumbel_f8_8192_keys.json").read_text())["keys"]
+    shutil.copy(FIXTURES / "taming_tiny" / "model.yaml", tmp_path)
+    gumbel = {key: torch.zeros(1) for key, *_ in keys}
+    torch.save({"state_dict": gumbel}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="is a GumbelVQ"):
+        load_vqvae("pretrained_taming", tmp_path)
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds no taming VQGAN: .* but model\."):
+        load_vqvae("pretrained_taming", tmp_path)
+
+
+def test_taming_checkpoint_without_its_yaml_says_where_to_put_it(tmp_path: Path) -> None:
+    shutil.copy(FIXTURES / "taming_tiny" / "last.ckpt", tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"no model\.yaml beside it.*vqvae\.ddconfig"):
+        load_vqvae("pretrained_taming", tmp_path)
+    elsewhere = FIXTURES / "taming_tiny" / "model.yaml"
+    assert load_vqvae("pretrained_taming", tmp_path, ddconfig=elsewhere).vocab_size == 64
+
+
+def test_yaml_that_asks_for_another_architecture_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "taming_tiny", tmp_path, dirs_exist_ok=True)
+    document = yaml.safe_load((tmp_path / "model.yaml").read_text())
+    document["model"]["params"]["ddconfig"].update(double_z=True, in_channels=4)
+    del document["model"]["params"]["embed_dim"]
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(CheckpointError, match="needs ddconfig, n_embed and embed_dim"):
+        load_vqvae("pretrained_taming", tmp_path)
+    document["model"]["params"]["embed_dim"] = 32
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(CheckpointError, match=r"double_z is True.*in_channels is 4"):
+        load_vqvae("pretrained_taming", tmp_path)
+
+
+def test_unreachable_hub_name_says_what_to_give_instead() -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a reachable hub model"):
+        load_vqvae("pretrained_hf", "nobody/no-such-vqgan")
+
+
+def test_settings_that_have_no_meaning_are_refused() -> None:
+    with pytest.raises(SettingsError, match="'pretrained_moon' is not known"):
+        load_vqvae("pretrained_moon", "x")
+    with pytest.raises(SettingsError, match=r"input_range must be one of .* got '0\.\.255'"):
+        load_vqvae("custom", "x", input_range="0..255")
+    with pytest.raises(SettingsError, match="ddconfig belongs to pretrained_taming only"):
+        load_vqvae("custom", "x", ddconfig="y")
+
+
+def _tiny(**changes: object) -> VQVAE:
+    shape = {
+        "codebook_size": 16,
+        "code_dim": 8,
+        "z_channels": 32,
+        "ch": 32,
+        "ch_mult": [1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [16],
+        "resolution": 32,
+    }
+    return VQVAE(VQVAEConfig.from_dict({**shape, **changes}))
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_export_in_taming_s_layout_comes_back_bit_for_bit(tmp_path: Path, update: str) -> None:
+    torch.manual_seed(0)
+    vqvae = _tiny(codebook_update=update)
+    vqvae(torch.rand(2, 3, 8, 8))  # with "ema" there is more state than taming knows
+    export_taming(vqvae.eval(), tmp_path)
+    again = load_vqvae("pretrained_taming", tmp_path)
+    assert again.weights_digest() == vqvae.weights_digest()
+    images = torch.rand(1, 3, 8, 16) * 2 - 1
+    assert torch.equal(again.encode(images), vqvae.encode(images))
+
+
+@pytest.mark.parametrize("name", ["taming_tiny", "taming_f8_tiny"])
+def test_export_of_a_taming_model_has_taming_s_own_keys_and_yaml(tmp_path: Path, name: str) -> None:
+    vqvae = load_vqvae("pretrained_taming", FIXTURES / name)
+    content = torch.load(export_taming(vqvae, tmp_path), weights_only=True)
+    exported = {key: list(tensor.shape) for key, tensor in content["state_dict"].items()}
+    manifest = json.loads((FIXTURES / name / "manifest.json").read_text())
+    theirs = {key: shape for key, (shape, _) in manifest["keys"].items()}
+    assert exported == {key: shape for key, shape in theirs.items() if not key.startswith("loss.")}
+
+    def architecture(path: Path) -> dict:
+        document = yaml.safe_load(path.read_text())["model"]
+        params = document["params"]
+        kept = {key: params[key] for key in ("embed_dim", "n_embed", "ddconfig")}
+        return {"target": document["target"], **kept}
+
+    ours, reference = (architecture(f / "model.yaml") for f in (tmp_path, FIXTURES / name))
+    assert ours == reference
+
+
+def test_normalized_codes_cannot_be_exported_to_taming(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no l2-normalized codes"):
+        export_taming(_tiny(l2_normalized_codes=True), tmp_path)
+
+
+def test_custom_takes_a_model_folder_or_a_run_folder_around_it(tmp_path: Path) -> None:
+    vqvae = _tiny()
+    vqvae.save_pretrained(tmp_path / "run" / "model")
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert load_vqvae("custom", folder).weights_digest() == vqvae.weights_digest()
+    with pytest.raises(CheckpointError, match=r"neither config\.json nor model/config\.json"):
+        load_vqvae("custom", tmp_path)
+    with pytest.raises(CheckpointError, match=r"made for pictures in -1\.\.1"):
+        load_vqvae("custom", tmp_path / "run", input_range="0..1")
