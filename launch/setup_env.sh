@@ -39,7 +39,7 @@ _lgpt_pip() {
     printf '+ pip install %s\n' "$*" >>"$log"
     python -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
         tee -a "$log" |
-        sed -un -E 's/^(Collecting|Downloading|Building wheel|Installing|ERROR|error)(.{0,90}).*/    \1\2/p' >&2
+        grep --line-buffered -oE '^(Collecting|Building wheel|Installing|ERROR|error).{0,90}' >&2
     return "${PIPESTATUS[0]}"
 }
 
