@@ -41,8 +41,6 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
         add("data.source", "data.dataset", f"with data.dataset: {run.data.dataset}")
     if run.schedule.decay == "constant":
         add("schedule.final_ratio", "schedule.decay", "with schedule.decay: constant")
-    if run.training.validate_every == 0:
-        add("training.validation_images", "training.validate_every", "with validate_every: 0")
     if not run.tracking.enabled:
         add("tracking.uri tracking.experiment", "tracking.enabled", "with tracking.enabled: false")
     if isinstance(run, Phase2):
@@ -57,8 +55,6 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
         add(text_only, "conditioning", "in a run with conditioning: unconditional")
     elif run.latent_cache is None:
         add("text.cache_dtype", "latent_cache", "without a latent_cache")
-    if run.training.sample_every == 0:
-        add("sampling.images sampling.prompts", "training.sample_every", "with sample_every: 0")
     if run.vqvae.source != "pretrained_taming":
         add("vqvae.ddconfig", "vqvae.source", f"with vqvae.source: {run.vqvae.source}")
     if run.vqvae.source == "custom":

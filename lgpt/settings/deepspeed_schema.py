@@ -48,7 +48,7 @@ class Key:
     is_auto: bool = False
 
 
-Tree = Mapping[str, Union[Key, "Tree"]]
+Tree = Mapping[str, Any]  # of Keys and of further Trees
 
 _FLAG = Key("bool")
 _COUNT = Key("int", low=0)

@@ -36,7 +36,7 @@ class ScheduleSettings(Section):
 
 
 class TrainingSettings(Section):
-    """The budget and its cadence; all intervals are optimizer steps, 0 = never."""
+    """The budget and its cadence; all intervals are optimizer steps, 0 = only at the end."""
 
     max_steps: int = Field(..., ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"

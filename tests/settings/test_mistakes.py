@@ -187,7 +187,6 @@ def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
         (VQVAE, ["data.shapes.train_images=3"]),
         (VQVAE, ["data.dataset=shapes", "data.source=a"]),
         (VQVAE, ["schedule.decay=constant", "schedule.final_ratio=0.5"]),
-        (VQVAE, ["training.validate_every=0", "training.validation_images=3"]),
         (VQVAE, ["tracking.enabled=false", "tracking.uri=a"]),
         (VQVAE, ["vqvae.ema_decay=0.9"]),
         (VQVAE, ["vqvae.revive_dead_codes=false"]),
@@ -196,7 +195,6 @@ def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
         (TRANSFORMER, ["conditioning=unconditional", "transformer.cond_drop=0.2"]),
         (TRANSFORMER, ["conditioning=unconditional", "sampling.guidance=2"]),
         (TRANSFORMER, ["latent_cache=null", "text.cache_dtype=bfloat16"]),
-        (TRANSFORMER, ["training.sample_every=0", "sampling.images=4"]),
         (TRANSFORMER, ["vqvae.ddconfig=model.yaml"]),
     ],
 )
