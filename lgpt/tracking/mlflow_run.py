@@ -7,9 +7,11 @@ and 3.1 make blocking extra requests, and their global state belongs to notebook
 from __future__ import annotations
 
 import logging
+import logging.config
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,6 +20,7 @@ from lgpt.tracking.metrics_file import MetricLine
 
 METRICS_PER_REQUEST = 1000  # MLflow's own limit for one log_batch
 _PARAMETERS_PER_REQUEST = 100
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _LONGEST_PARAMETER = 6000  # longer ones are cut in silence by the server
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
@@ -27,9 +30,7 @@ _log = get_logger(__name__)
 def tracking_uri(uri: Optional[str], runs_folder: Path) -> str:
     """Where to track: `uri`, else MLFLOW_TRACKING_URI, else the sqlite file of the runs folder."""
     return (
-        uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{runs_folder.resolve() / 'mlflow.db'}"
+        uri or os.environ.get(_URI_VARIABLE) or f"sqlite:///{runs_folder.resolve() / 'mlflow.db'}"
     )
 
 
@@ -44,9 +45,10 @@ class MlflowRun:
     """
 
     def __init__(self, uri: str, experiment: str, run_name: str, run_id: Optional[str]) -> None:
-        self._client = _make_client(uri)
         self._refusals_told = 0
-        self.is_new = run_id is None or not self._reopen(run_id)
+        with _surroundings_left_alone():
+            self._client = _make_client(uri)
+            self.is_new = run_id is None or not self._reopen(run_id)
         if self.is_new:
             experiment_id = self._experiment_id(uri, experiment)
             run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
@@ -169,13 +171,41 @@ def _make_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
+    import mlflow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     if uri.startswith("sqlite:///"):
         Path(uri[len("sqlite:///") :]).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
+    # Up to 3.1 the client asks the global address where artifacts go. Setting it also sets the
+    # variable, which must not decide where a later run of this process is tracked.
+    variable = os.environ.get(_URI_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    if variable is None:
+        os.environ.pop(_URI_VARIABLE, None)
+    else:
+        os.environ[_URI_VARIABLE] = variable
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _surroundings_left_alone() -> Iterator[None]:
+    """While mlflow opens a sqlite file or makes its tables.
+
+    Up to 3.1 its migrations call `logging.config.fileConfig`, which takes the handlers of the root
+    logger away and prints every migration, so it is put out of action for that moment; and every
+    opening makes an empty ./mlruns.
+    """
+    original, stray = logging.config.fileConfig, Path("mlruns").absolute()
+    had_stray = stray.exists()
+    logging.config.fileConfig = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        logging.config.fileConfig = original
+        if not had_stray:
+            with suppress(OSError):
+                stray.rmdir()  # only when it is empty
 
 
 def _artifact_location(uri: str, experiment: str) -> Optional[str]:

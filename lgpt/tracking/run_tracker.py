@@ -112,12 +112,14 @@ class RunTracker:
             return
         self._is_finished = True
         self._metrics_file.close()
-        if self._shipper is not None and not self._shipper.stop(status, deadline_seconds):
+        problem = None if self._shipper is None else self._shipper.stop(status, deadline_seconds)
+        if self._shipper is not None and problem is not None:
             _log.warning(
-                "MLflow did not take the last %d bytes of %s or the run's end; send them later "
-                "with: lgpt mlflow sync %s",
+                "MLflow did not take the last %d bytes of %s or the run's end (%s); send them "
+                "later with: lgpt mlflow sync %s",
                 self._shipper.unsent_bytes(),
                 self._run_folder / "metrics.jsonl",
+                problem,
                 self._run_folder,
             )
 

@@ -87,6 +87,7 @@ class Shipper:
         self._has_work = threading.Event()
         self._is_stopping = threading.Event()
         self._has_ended_well = False
+        self._last_error = "no answer yet"
         self._thread = threading.Thread(target=self._work, name="lgpt-mlflow", daemon=True)
 
     def start(self) -> None:
@@ -114,15 +115,15 @@ class Shipper:
             )
         self._save()
 
-    def stop(self, status: str, deadline_seconds: float) -> bool:
-        """Send the rest and the end within the deadline; True when all of it arrived."""
+    def stop(self, status: str, deadline_seconds: float) -> Optional[str]:
+        """Send the rest and the end within the deadline; None when all arrived, else why not."""
         with self._lock:
             self._shipment.status = status
         self._is_stopping.set()
         self._has_work.set()
         self._thread.join(deadline_seconds)
         self._save()
-        return self._has_ended_well
+        return None if self._has_ended_well else self._last_error
 
     def unsent_bytes(self) -> int:
         """How much of metrics.jsonl MLflow does not have yet."""
@@ -186,7 +187,8 @@ class Shipper:
             # ends here, and the lines stay in the file.
             except Exception as error:
                 failures += 1
-                self._tell_failure(failures, error)
+                self._last_error = f"{type(error).__name__}: {first_line(error)}"
+                self._tell_failure(failures)
                 self._has_work.set()
             else:
                 if failures >= _FAILURES_BEFORE_WARNING:
@@ -198,14 +200,13 @@ class Shipper:
             wait = min(_LONGEST_WAIT_SECONDS, _PAUSE_SECONDS * 2**failures)
             self._is_stopping.wait(wait)
 
-    def _tell_failure(self, failures: int, error: Exception) -> None:
+    def _tell_failure(self, failures: int) -> None:
         if failures == _FAILURES_BEFORE_WARNING:
             _log.warning(
-                "MLflow at %s takes nothing (%s: %s): training goes on, metrics are kept in %s "
+                "MLflow at %s takes nothing (%s): training goes on, metrics are kept in %s "
                 "and are sent as soon as it answers",
                 self._shipment.uri,
-                type(error).__name__,
-                first_line(error),
+                self._last_error,
                 self._run_folder / "metrics.jsonl",
             )
 
