@@ -15,6 +15,8 @@ REQUIRES = [
     "deepspeed>=0.18.0,!=0.19.2",
     "transformers>=4.36",
     "datasets>=2.15",
+    "huggingface-hub>=0.19",
+    "tokenizers>=0.14",
     # A floor is needed: without one pip walks back to mlflow 1.30 on Python 3.9. 2.15 and older
     # import pkg_resources, which setuptools no longer has.
     "mlflow>=2.16",
@@ -23,7 +25,6 @@ REQUIRES = [
     "rich>=13",
     "pyyaml>=6.0.1",
     "safetensors>=0.4",
-    "einops>=0.7",
     "jaxtyping>=0.2.25",
     "numpy>=1.22",
     "pillow>=9.1",
@@ -53,6 +54,7 @@ EXTRAS = {
         "import-linter>=2",
         "beartype>=0.18",
         "scipy>=1.9",
+        "setuptools>=70.1",  # tests/test_wheel.py builds without isolation
         "types-PyYAML",
     ],
 }

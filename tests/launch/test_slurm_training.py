@@ -100,11 +100,15 @@ def test_eight_ranks_train_to_the_end_and_log_to_the_server_of_another_job(
     (logged,) = post(uri, "runs/search", search)["runs"]
     assert logged["info"]["run_name"] == "eight-ranks"
     assert logged["info"]["status"] == "FINISHED"
-    last = {m["key"]: m for m in logged["data"]["metrics"]}
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    written = [line for line in lines if "recon_loss" in str(line)]
-    assert written
-    assert any(int(metric["step"]) == STEPS for metric in last.values()), last
+    written: dict[str, tuple[int, float]] = {}
+    for line in (run_folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop("step")
+        record.pop("time")
+        written.update({key: (step, float(value)) for key, value in record.items()})
+    assert STEPS in {step for step, _ in written.values()}
+    arrived = {m["key"]: (int(m["step"]), m["value"]) for m in logged["data"]["metrics"]}
+    assert {k: arrived.get(k) for k in written} == written
 
     slurm.run("scancel", server)
     slurm.wait_until(server, {"CANCELLED", "COMPLETED"}, 60)
