@@ -115,7 +115,8 @@ def prepare(
 
         deepspeed --num_gpus N --module lgpt prepare CONFIG
     """
-    run = _load(config, overrides, text_encoder)
+    # Its ranks share pictures, not a batch: any number of them fits.
+    run = _load(config, overrides, text_encoder, ranks=1)
     if run.trains != "transformer":
         raise SettingsError(
             f"Phase {run.phase} trains the VQ-VAE on pictures; only phases 1 and 3 have "
@@ -244,6 +245,7 @@ def config_show(
 
     run = _load(config, overrides, ranks=ranks)
     ds_config = resolve_deepspeed_config(run, ranks)
+    print(f"# {_counted_parameters(run)}")
     print(render(run, ds_config))
     if as_json:
         print(json.dumps(as_json_object(run, ds_config)))
@@ -258,4 +260,16 @@ def config_validate(
 
     run = _load(config, overrides, ranks=ranks)
     resolve_deepspeed_config(run, ranks)
-    print(f"{config}: right for {ranks} rank(s); phase {run.phase} trains the {run.trains}.")
+    print(
+        f"{config}: right for {ranks} rank(s); phase {run.phase} trains the {run.trains}, "
+        f"{_counted_parameters(run)}."
+    )
+
+
+def _counted_parameters(run: Any) -> str:
+    from lgpt.planning.parameters import run_parameters
+
+    try:
+        return f"{run_parameters(run):,} parameters"
+    except SettingsError as error:
+        return f"parameters not counted: {error}"

@@ -6,15 +6,16 @@
     ├── CheckpointError       3   a checkpoint, model folder or foreign weight file is unusable
     ├── DivergedError         4   the loss is no longer finite
     ├── OutOfMemoryError      4   a batch does not fit on the device
-    └── StoppedEarly          75  stopped by a signal with a checkpoint saved; run the same command again
+    └── StoppedEarly          75  stopped by a signal, a checkpoint is saved: run it again
 
-The command line prints the message without a traceback and exits with the code. Anything else that is
-raised is our own mistake and keeps its traceback.
+The command line prints the message without a traceback and exits with the code. Anything else that
+is raised is our own mistake and keeps its traceback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Union
 
 
 class LgptError(Exception):
@@ -33,7 +34,7 @@ class SettingsError(LgptError):
 
     exit_code = 2
 
-    def __init__(self, problems: str | Sequence[str], heading: str = "") -> None:
+    def __init__(self, problems: Union[str, Sequence[str]], heading: str = "") -> None:
         self.problems: tuple[str, ...] = (
             (problems,) if isinstance(problems, str) else tuple(problems)
         )
@@ -69,7 +70,7 @@ class OutOfMemoryError(LgptError):
     exit_code = 4
 
 
-class StoppedEarly(LgptError):
+class StoppedEarly(LgptError):  # noqa: N818 - a stop that was asked for is no error
     """Stopped by a signal after saving a checkpoint; the same command goes on from there."""
 
     exit_code = 75

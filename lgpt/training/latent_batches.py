@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Protocol
+from typing import Optional, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class LatentBatch:
     null_text: Bool[Tensor, " n"]
 
 
+@runtime_checkable
 class LatentSource(Protocol):
     """Where latents come from."""
 

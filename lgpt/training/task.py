@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
 
+@runtime_checkable
 class TrainingTask(Protocol):
     """One phase's step functions around its engine."""
 

@@ -17,6 +17,7 @@ from lgpt.data.latent_cache import LatentCache
 from lgpt.data.transforms import to_pil
 from lgpt.engine.build import parameter_dtype
 from lgpt.engine.ranks import gather_to_rank_zero, mean_over_ranks
+from lgpt.models.attention import choose_kernel
 from lgpt.models.clip_encoder import ClipTextEncoder
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.vqvae import VQVAE
@@ -70,6 +71,9 @@ class TransformerTask:
             text_width=None if self.text_encoder is None else self.text_encoder.width,
         )
         self.tokens_per_image = side * side
+        dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
+        # Only to refuse a flash kernel that is asked for and not there before anything is built.
+        choose_kernel(run.transformer.attention, device.type, dtype, self.model_config.head_width)
         self.model = LatentGPT(self.model_config)
         self.latents = TrainingLatents(self.train_source, run.seed, run.transformer.cond_drop)
         captions = [val_set.captions(i)[0] for i in range(min(run.sampling.images, len(val_set)))]

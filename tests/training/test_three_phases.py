@@ -72,9 +72,10 @@ def phase1(home: Path, phase2: Path) -> Path:
         6,
         phase=1,
         name="tiny-phase1",
-        training=tiny.training(6, "bf16"),
+        training={**tiny.training(6, "bf16"), "sample_every": 6},
         vqvae={"source": "pretrained_taming", "checkpoint": str(phase2 / "taming")},
         latent_cache=str(home / "latents-phase1"),
+        sampling={"images": 4},
     )
     path = tiny.write(home / "phase1.yaml", config)
     _lgpt("prepare", path)
@@ -92,6 +93,7 @@ def phase3(home: Path, phase2: Path) -> Path:
         vqvae={"source": "custom", "checkpoint": str(phase2)},
         latent_cache=str(home / "latents-phase3"),
         training={**tiny.training(steps, "bf16"), "sample_every": steps},
+        sampling={"images": 4},
         checkpoint={"every_steps": 1000},
     )
     path = tiny.write(home / "phase3.yaml", config)
@@ -102,11 +104,14 @@ def phase3(home: Path, phase2: Path) -> Path:
 
 
 def _stop_on_the_way(config: Path, run_folder: Path) -> None:
-    log = (config.parent / "stopped.log").open("w+")
-    launcher = subprocess.Popen(_deepspeed(config), env=_environment(), stdout=log, stderr=log)
+    log = config.parent / "stopped.log"
+    with log.open("w") as stream:
+        launcher = subprocess.Popen(
+            _deepspeed(config), env=_environment(), stdout=stream, stderr=stream
+        )
     deadline = time.monotonic() + 200
     while not (run_folder / "metrics.jsonl").exists():
-        assert launcher.poll() is None, log.seek(0) or log.read()[-4000:]
+        assert launcher.poll() is None, log.read_text()[-4000:]
         assert time.monotonic() < deadline, "no metrics came"
         time.sleep(0.05)
     ranks = [
@@ -116,7 +121,7 @@ def _stop_on_the_way(config: Path, run_folder: Path) -> None:
     ]
     assert len(ranks) == 2
     os.kill(ranks[-1], signal.SIGTERM)  # one rank is told: all must stop at the same step
-    assert launcher.wait(timeout=120) == 75, log.seek(0) or log.read()[-4000:]
+    assert launcher.wait(timeout=120) == 75, log.read_text()[-4000:]
 
 
 def _is_rank(process: Path, config: Path) -> bool:
@@ -134,8 +139,8 @@ def test_phase2_leaves_a_vqvae_and_reconstructions(phase2: Path):
     losses = [line["recon_loss"] for line in _metrics(phase2) if "recon_loss" in line]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
-    grid = Image.open(next((phase2 / "samples").glob("*reconstructions.png")))
-    assert min(grid.size) > 16
+    with Image.open(next((phase2 / "samples").glob("*reconstructions.png"))) as grid:
+        assert min(grid.size) > 16
     weights = load_file(phase2 / "model" / "model.safetensors")
     assert weights["encoder.conv_in.weight"].dtype == torch.float32
 

@@ -67,7 +67,6 @@ def transformer_run(folder: Path, max_steps: int, **changes: Any) -> dict[str, A
         "text": {"encoder": "random"},
         "latent_cache": str(folder / "latents"),
         "transformer": TRANSFORMER,
-        "sampling": {"images": 4},
         **changes,
     }
 
