@@ -134,7 +134,9 @@ def _save_trained_model(
 ) -> nn.Module:
     model: Union[LatentGPT, VQVAE]
     if described["kind"] == "latent_gpt":
-        model = LatentGPT(LatentGPTConfig.from_dict(described["config"]))
+        # The kernel of the training machine need not be there.
+        config = {**described["config"], "attention": "auto"}
+        model = LatentGPT(LatentGPTConfig.from_dict(config))
     else:
         model = VQVAE(VQVAEConfig.from_dict(described["config"]))
     load_strictly(model, weights, "The checkpoint")

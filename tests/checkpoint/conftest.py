@@ -39,7 +39,7 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> TwoRankSaves:
         [*launcher, "--master_port", str(port), str(WORKER), str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         env={
             **os.environ,

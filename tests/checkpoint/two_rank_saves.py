@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_models
 import torch
 from torch import nn
 
@@ -58,9 +59,8 @@ class TinyModel(nn.Module):
         return nn.functional.cross_entropy(logits.float(), tokens)
 
 
-def make_engine(stage: int, precision: str, seed: int) -> Any:
-    seed_everything(seed)
-    ds_config = {
+def ds_config_of(stage: int, precision: str) -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": precision == "bf16"},
@@ -68,6 +68,11 @@ def make_engine(stage: int, precision: str, seed: int) -> Any:
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 8},
         "zero_allow_untested_optimizer": True,
     }
+
+
+def make_engine(stage: int, precision: str, seed: int) -> Any:
+    seed_everything(seed)
+    ds_config = ds_config_of(stage, precision)
     engine = build_engine(TinyModel(), OptimizerSettings(learning_rate=0.05), ds_config)
     seed_everything(seed, rank())
     return engine
@@ -167,9 +172,28 @@ def refusal(engines: dict[str, Any], folder: Path) -> str:
     return "loaded"
 
 
+def save_models(out: Path) -> None:
+    """A phase 2 run (ZeRO-2, float32) and a phase 3 run (ZeRO-3, bf16) of the real classes."""
+    if is_rank_zero():
+        tiny_models.write_parts(out)
+    barrier()
+    for name, make in (("phase2", tiny_models.vqvae), ("phase3", tiny_models.transformer)):
+        stage, precision = (2, "fp32") if name == "phase2" else (3, "bf16")
+        engine = build_engine(make(), OptimizerSettings(), ds_config_of(stage, precision))
+        store.save_checkpoint(
+            {"model": engine},
+            out / "runs" / name,
+            7,
+            trainer_state={"step": 7},
+            keep_last=2,
+            extra_files=tiny_models.texts_of(out, name),
+        )
+
+
 def main() -> None:
     out = Path(sys.argv[-1])
     start_process_group()
+    save_models(out)
     results: dict[str, Any] = {}
     engines = {}
     for name, (stage, precision) in CASES.items():
