@@ -1,5 +1,4 @@
-"""The frozen parts a transformer run stands on: VQ-VAE, text encoder, latent cache and "
-"its fingerprint."""
+"""The frozen parts under a transformer run: VQ-VAE, text encoder, and a cache's fingerprint."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`lgpt prepare`: captioned images to VQ tokens and text embeddings, in float32, into "
-"the latent cache."""
+"""`lgpt prepare`: captioned images to VQ tokens and text embeddings in the latent cache."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Batches of latents for the transformer: from the cache, or encoded on the fly with "
-"the same meaning."""
+"""Batches of latents for the transformer: from the cache, or encoded on the fly."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class CachedLatents:
 
 
 class EncodedLatents:
-    """The same without a cache: pictures and captions go through the frozen encoders at "
-    "every step."""
+    """The same without a cache: the frozen encoders run at every step."""
 
     def __init__(
         self,

@@ -205,8 +205,7 @@ class _Loop:
         return folder
 
     def _skip_in_throughput(self) -> None:
-        """Keep validation, pictures and saving out of images/s when nothing is in the "
-        "window yet."""
+        """Keep validation, pictures and saving out of images/s."""
         if not self.window:
             self.window_started_at = time.monotonic()
 

@@ -38,8 +38,7 @@ def code_usage(counts: Int[Tensor, " codes"]) -> float:
 
 
 def code_perplexity(counts: Int[Tensor, " codes"]) -> float:
-    """exp of the entropy (nats) of the code frequencies: 1 (one code) .. codebook size "
-    "(all alike)."""
+    """exp of the entropy (nats) of the code frequencies: 1 (one code) .. codebook size."""
     frequency = counts.double() / counts.sum().clamp_min(1)
     used = frequency[frequency > 0]
     return float(torch.exp(-(used * used.log()).sum()))
