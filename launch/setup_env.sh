@@ -20,12 +20,15 @@ _lgpt_fail() {
 
 _lgpt_has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
+_lgpt_fits() {
+    "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1
+}
+
 # The first Python between 3.9 and 3.14, the plain `python3` before others.
 _lgpt_find_python() {
     local candidate
     for candidate in python3 python python3.13 python3.12 python3.11 python3.10 python3.14 python3.9; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 14))' \
-            >/dev/null 2>&1; then
+        if _lgpt_fits "$candidate"; then
             echo "$candidate"
             return
         fi
@@ -101,7 +104,8 @@ lgpt_setup_env() {
     local folder="$LGPT_ROOT/.venv"
     if [ -n "$python" ]; then
         folder="$LGPT_ROOT/.venv-$(basename "$python")"
-        command -v "$python" >/dev/null 2>&1 || _lgpt_fail "there is no '$python' on PATH"
+        [ -x "$folder/bin/python" ] || _lgpt_fits "$python" ||
+            _lgpt_fail "--python $python: this is not a Python between 3.9 and 3.14: $("$python" -V 2>&1 | head -n 1)"
     elif [ ! -x "$folder/bin/python" ]; then
         python=$(_lgpt_find_python) || exit 2
     fi
