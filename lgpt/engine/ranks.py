@@ -20,12 +20,12 @@ def mean_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[s
     return dict(zip(values, packed.tolist()))
 
 
-def any_rank(flags: Mapping[str, bool], device: torch.device) -> dict[str, bool]:
-    """Each flag, true when it is true on any rank, in one all-reduce."""
-    packed = torch.tensor([float(flag) for flag in flags.values()], device=device)
+def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Each value's maximum over all ranks (a flag is 0 or 1), in one all-reduce."""
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    return {name: value > 0 for name, value in zip(flags, packed.tolist())}
+    return dict(zip(values, packed.tolist()))
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,12 @@ class TrainingSettings(Section):
     """The budget and its cadence; all intervals are optimizer steps, 0 = only at the end."""
 
     max_steps: int = Field(..., ge=1)
+    max_minutes: Optional[float] = Field(
+        None,
+        gt=0,
+        description="training time after which the run ends even before max_steps; the learning "
+        "rate decays towards whichever comes first, so the end depends on the machine's speed",
+    )
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=0)

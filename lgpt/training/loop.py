@@ -19,7 +19,7 @@ from lgpt.core.errors import DivergedError, StoppedEarly
 from lgpt.core.logging import get_logger
 from lgpt.engine.build import gradient_norm, set_learning_rate
 from lgpt.engine.memory import peak_bytes
-from lgpt.engine.ranks import any_rank, mean_over_ranks
+from lgpt.engine.ranks import max_over_ranks, mean_over_ranks
 from lgpt.settings.phases import RunSettings
 from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.schedule import learning_rate_at
@@ -35,6 +35,7 @@ class Progress:
 
     step: int = 0
     elapsed_seconds: float = 0.0
+    spent_share: float = 0.0
     validation: dict[str, float] = field(default_factory=dict)
 
 
@@ -45,7 +46,7 @@ def run_training(
     progress: Progress,
     device: torch.device,
 ) -> None:
-    """Train from `progress.step` to `training.max_steps` and save the last checkpoint.
+    """Train to `training.max_steps` or `training.max_minutes` and save the last checkpoint.
 
     Args:
         tracker: On rank 0; None elsewhere.
@@ -56,9 +57,9 @@ def run_training(
     """
     with StopSignals() as signals:
         loop = _Loop(run, task, tracker, progress, device)
-        while progress.step < run.training.max_steps:
+        while not loop.is_finished():
             is_stopping = loop.one_step(signals)
-            if is_stopping and progress.step < run.training.max_steps:
+            if is_stopping and not loop.is_finished():
                 loop.save()
                 loop.close()
                 barrier()  # the launcher ends all ranks as soon as one exits with a code
@@ -93,6 +94,12 @@ class _Loop:
             disable=not on_terminal,
         )
 
+    def is_finished(self) -> bool:
+        """The step or the time budget is used up; the same answer on every rank."""
+        return (
+            self.progress.step >= self.run.training.max_steps or self.progress.spent_share >= 1.0
+        )
+
     def one_step(self, signals: StopSignals) -> bool:
         """One optimizer step and what is due after it; True when any rank was told to stop."""
         training, schedule = self.run.training, self.run.schedule
@@ -104,24 +111,29 @@ class _Loop:
             max_steps=training.max_steps,
             decay=schedule.decay,
             final_ratio=schedule.final_ratio,
+            spent_share=self.progress.spent_share,
         )
         set_learning_rate(self.task.engine, learning_rate)
         metrics = dict(self.task.train_step(self.progress.step))
         metrics["gradient_norm"] = gradient_norm(self.task.engine)
-        flags = any_rank(
+        self.progress.elapsed_seconds += time.monotonic() - started_at
+        agreed = max_over_ranks(
             {
-                "stop": signals.received is not None,
-                "diverged": not math.isfinite(metrics[self.task.main_loss]),
+                "is_stopping": signals.received is not None,
+                "has_diverged": not math.isfinite(metrics[self.task.main_loss]),
+                "elapsed_seconds": self.progress.elapsed_seconds,
             },
             self.device,
         )
-        if flags["diverged"]:
+        if agreed["has_diverged"]:
             self._diverged(metrics)
+        self.progress.elapsed_seconds = agreed["elapsed_seconds"]
+        if training.max_minutes is not None:
+            self.progress.spent_share = agreed["elapsed_seconds"] / (60 * training.max_minutes)
         self.window.append(metrics)
         self.progress.step += 1
-        self.progress.elapsed_seconds += time.monotonic() - started_at
         self.bar.update()
-        step, is_last = self.progress.step, self.progress.step == training.max_steps
+        step, is_last = self.progress.step, self.is_finished()
         if step % training.log_every == 0 or is_last:
             self._log_window(learning_rate)
         if _due(step, training.validate_every) or is_last:
@@ -130,7 +142,7 @@ class _Loop:
             self._draw()
         if step % self.run.checkpoint.every_steps == 0 or is_last:
             self.save()
-        return flags["stop"]
+        return agreed["is_stopping"] > 0
 
     def _diverged(self, metrics: Mapping[str, float]) -> None:
         self.close("FAILED")

@@ -44,3 +44,20 @@ def test_linear_decay_ends_at_its_final_ratio():
     assert rates[-1] == pytest.approx(0.25 * 2e-3)
     steps = [a - b for a, b in zip(rates[10:], rates[11:])]
     assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_a_time_budget_that_runs_out_first_decides_the_decay():
+    def rate(step: int, spent: float) -> float:
+        return learning_rate_at(
+            step,
+            peak=1.0,
+            warmup_steps=0,
+            max_steps=101,
+            decay="linear",
+            final_ratio=0.0,
+            spent_share=spent,
+        )
+
+    assert rate(10, 0.6) == pytest.approx(0.4)
+    assert rate(80, 0.6) == pytest.approx(0.2)
+    assert rate(10, 1.3) == 0.0

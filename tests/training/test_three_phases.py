@@ -205,3 +205,27 @@ def test_report_and_mlflow_know_all_runs(phase1: Path, phase2: Path, phase3: Pat
     assert run.data.tags["phase"] == "3"
     assert run.data.tags["vqvae_source"] == "custom"
     assert run.data.metrics["ce_loss"] > 0
+
+
+def test_a_diverged_run_says_so_and_keeps_its_checkpoint(home: Path):
+    config = tiny.vqvae_run(
+        home, 8, name="diverging", optimizer={"learning_rate": 1e30, "gradient_clipping": 0.0}
+    )
+    path = tiny.write(home / "diverging.yaml", {**config, "checkpoint": {"every_steps": 1}})
+    done = _lgpt("train", path, expect=4)
+    assert "is not finite at step" in done.stderr
+    assert "optimizer.learning_rate (now 1e+30)" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = home / "runs" / "diverging"
+    assert not (folder / "DONE").exists()
+    assert (folder / "checkpoints" / "latest").read_text().startswith("step_")
+
+
+def test_a_wrong_config_is_told_once_by_all_ranks(home: Path):
+    path = tiny.write(home / "wrong.yaml", tiny.vqvae_run(home, 8, nam="x", seed=-1))
+    done = _run(*_deepspeed(path), "batch.global_batch_images=7", expect=2)
+    text = done.stdout + done.stderr
+    assert text.count("3 problems") == 1
+    for part in ("nam", "did you mean name", "seed", "global_batch_images (7, command line)", "4 or 8"):
+        assert part in text
+    assert not (home / "runs" / "wrong").exists()
