@@ -40,9 +40,10 @@ if _lgpt_has_gpu; then
     gpus=$(nvidia-smi -L | grep -c '^GPU')
     ranks=$((gpus < 2 ? gpus : 2))
 else
-    # Two ranks share the cores.
+    # Two ranks share the cores that a command of one process has for itself.
     cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-    export OMP_NUM_THREADS=$((cores / 2 < 1 ? 1 : cores / 2))
+    export OMP_NUM_THREADS=$cores
+    threads_of_a_rank=$((cores / 2 < 1 ? 1 : cores / 2))
 fi
 
 # Names of folders stand in the run configs and nowhere else.
@@ -97,7 +98,11 @@ run() {
     printf '\n\033[1m$%s\033[0m\n' "$line"
     stop_signal=TERM
     [ "$1" != deepspeed ] || stop_signal=USR1
-    (trap '' USR1; exec "$@") </dev/null &
+    (
+        trap '' USR1
+        [ "$1" != deepspeed ] || export OMP_NUM_THREADS=${threads_of_a_rank:-$OMP_NUM_THREADS}
+        exec "$@"
+    ) </dev/null &
     child=$!
     wait "$child" || code=$?
     while [ "$asked" -gt 0 ] && kill -0 "$child" 2>/dev/null; do # a trap makes `wait` return early
