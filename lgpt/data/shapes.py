@@ -27,21 +27,18 @@ Rgb = tuple[int, int, int]
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLOURS: dict[str, Rgb] = {
     "red": (225, 35, 35),
-    "orange": (245, 140, 30),
     "yellow": (245, 220, 40),
     "green": (40, 170, 60),
     "cyan": (40, 220, 230),
     "blue": (40, 70, 225),
-    "purple": (150, 40, 190),
-    "pink": (255, 100, 180),
+    "pink": (255, 90, 190),
 }
 BACKGROUNDS: dict[str, Rgb] = {
     "white": (245, 245, 245),
-    "grey": (160, 160, 160),
+    "grey": (140, 140, 140),
     "black": (20, 20, 20),
-    "brown": (95, 55, 25),
 }
-SIZES: dict[str, float] = {"small": 0.13, "large": 0.2}
+SIZES: dict[str, float] = {"small": 0.155, "large": 0.22}
 POSITIONS: dict[str, tuple[float, float]] = {
     "top left": (0.25, 0.25),
     "top": (0.5, 0.25),
@@ -53,8 +50,8 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "bottom": (0.5, 0.75),
     "bottom right": (0.75, 0.75),
 }
-POSITION_JITTER = 0.02  # objects lie this much beside their named place, so that pictures differ
-SIZE_JITTER = 0.05  # and their radius differs by this share
+POSITION_JITTER = 0.015  # objects lie this much beside their named place, so that pictures differ
+SIZE_JITTER = 0.04  # and their radius differs by this share
 _SUPERSAMPLE = 8  # drawn this much larger, then averaged: smooth edges
 _DRAWING_VERSION = 1  # part of the fingerprint: raise it when any picture or caption changes
 
@@ -90,35 +87,32 @@ def is_held_out(scene: Scene) -> bool:
     return any(is_held_out_pair(o.shape, o.colour) for o in scene.objects)
 
 
-def coverage(
-    shape: str, x: float, y: float, radius: float, resolution: int
-) -> Float[np.ndarray, "resolution resolution"]:
-    """How much of every pixel the shape covers, 0 to 1. Its centre of mass lies at (x, y).
+def coverages(
+    shape: str, x: float, y: float, radii: Sequence[float], resolution: int
+) -> Float[np.ndarray, "n resolution resolution"]:
+    """How much of every pixel the shape covers, 0 to 1, once for each radius.
 
     Args:
         shape: One of `SHAPES`.
-        x: Centre, fraction of the side.
-        y: Centre, fraction of the side.
-        radius: Nominal radius, fraction of the side; the outlines are scaled to similar areas.
+        x: Its centre of mass, fraction of the side.
+        y: Its centre of mass, fraction of the side.
+        radii: Nominal radii, fractions of the side; the outlines are scaled to similar areas.
         resolution: Side of the picture, pixels.
     """
     side = resolution * _SUPERSAMPLE
-    mask = Image.new("L", (side, side))
-    pen = ImageDraw.Draw(mask)
-    x, y, radius = x * side - 0.5, y * side - 0.5, radius * side
-
-    def disc(share: float, value: int) -> None:
-        r = radius * share
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=value)
-
-    if shape == "circle":
-        disc(0.95, 255)
-    elif shape == "ring":
-        disc(1.0, 255)
-        disc(0.55, 0)
-    else:
-        pen.polygon([(x + radius * px, y + radius * py) for px, py in _OUTLINES[shape]], fill=255)
-    return np.asarray(mask.reduce(_SUPERSAMPLE), dtype=np.float32) / 255.0
+    x, y = x * side - 0.5, y * side - 0.5
+    masks = []
+    for radius in radii:
+        r = radius * side
+        mask = Image.new("L", (side, side))
+        pen = ImageDraw.Draw(mask)
+        for share, value in _DISCS.get(shape, ()):
+            box = (x - r * share, y - r * share, x + r * share, y + r * share)
+            pen.ellipse(box, fill=value)
+        if shape in _OUTLINES:
+            pen.polygon([(x + r * px, y + r * py) for px, py in _OUTLINES[shape]], fill=255)
+        masks.append(np.asarray(mask.reduce(_SUPERSAMPLE), dtype=np.float32) / 255.0)
+    return np.stack(masks)
 
 
 def draw(scene: Scene, resolution: int) -> Image.Image:
@@ -128,7 +122,8 @@ def draw(scene: Scene, resolution: int) -> Image.Image:
     for thing in scene.objects:
         x, y = POSITIONS[thing.position]
         radius = SIZES[thing.size] * thing.scale
-        alpha = coverage(thing.shape, x + thing.shift_x, y + thing.shift_y, radius, resolution)
+        x, y = x + thing.shift_x, y + thing.shift_y
+        alpha = coverages(thing.shape, x, y, [radius], resolution)[0]
         colour = np.asarray(COLOURS[thing.colour], dtype=np.float32)
         picture += alpha[:, :, None] * (colour - picture)
     return Image.fromarray(np.rint(picture).astype(np.uint8))
@@ -250,6 +245,11 @@ def _place(thing: SceneObject) -> str:
     return "in the centre" if thing.position == "centre" else f"at the {thing.position}"
 
 
+# Discs drawn one over the other: share of the radius, and whether they cover (255) or cut out (0).
+_DISCS: dict[str, tuple[tuple[float, int], ...]] = {
+    "circle": ((0.95, 255),),
+    "ring": ((1.0, 255), (0.55, 0)),
+}
 # Corners in units of the radius, centre of mass at the origin.
 _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),

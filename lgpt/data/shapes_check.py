@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from lgpt.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Rgb, Scene, coverage
+from lgpt.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Rgb, Scene, coverages
 
 _READING_RESOLUTION = 64  # larger pictures are averaged down to this: enough to tell the shapes
-_DIFFERS_FROM_GROUND = 50.0  # RGB distance; the closest object and background colours are 112 apart
-_SMALLEST_OBJECT = 0.015  # share of the picture; the smallest drawn object covers 0.04
+_DIFFERS_FROM_GROUND = 50.0  # RGB distance; the closest object and background colours are 130 apart
+_SMALLEST_OBJECT = 0.015  # share of the picture; the smallest drawn object covers 0.035
 _EDGE = 0.45  # a pixel belongs to an object from this share of the contrast around it
 _TEMPLATE_SCALES = (0.93, 1.0, 1.07)
 
@@ -141,17 +141,12 @@ def _read_object(
 
 def _read_outline(alpha: Float[np.ndarray, "side side"], x: float, y: float) -> tuple[str, str]:
     """The shape and size whose drawing at this place differs least, summed over squared pixels."""
-    side = len(alpha)
-    errors = {
-        (shape, size, scale): float(
-            ((coverage(shape, x, y, SIZES[size] * scale, side) - alpha) ** 2).sum()
-        )
-        for shape in SHAPES
-        for size in SIZES
-        for scale in _TEMPLATE_SCALES
-    }
-    shape, size, _ = min(errors, key=lambda k: errors[k])
-    return shape, size
+    kinds = [(size, scale) for size in SIZES for scale in _TEMPLATE_SCALES]
+    radii = [SIZES[size] * scale for size, scale in kinds]
+    templates = np.stack([coverages(shape, x, y, radii, len(alpha)) for shape in SHAPES])
+    errors = ((templates - alpha) ** 2).sum(axis=(2, 3))
+    shape, kind = np.unravel_index(int(errors.argmin()), errors.shape)
+    return SHAPES[shape], kinds[kind][0]
 
 
 def _nearest_colour(colour: Float[np.ndarray, " 3"], palette: Mapping[str, Rgb]) -> str:
@@ -160,20 +155,30 @@ def _nearest_colour(colour: Float[np.ndarray, " 3"], palette: Mapping[str, Rgb])
 
 def _regions(mask: Bool[np.ndarray, "side side"]) -> list[Bool[np.ndarray, "side side"]]:
     """Connected parts of the mask that are large enough for an object, the largest first."""
-    left = mask.copy()
-    found = []
-    while left.any():
+    left = {(int(row), int(column)) for row, column in np.argwhere(mask)}
+    parts = []
+    while left:
+        part, edge = [], [left.pop()]
+        while edge:
+            row, column = edge.pop()
+            part.append((row, column))
+            for neighbour in (
+                (row - 1, column),
+                (row + 1, column),
+                (row, column - 1),
+                (row, column + 1),
+            ):
+                if neighbour in left:
+                    left.remove(neighbour)
+                    edge.append(neighbour)
+        if len(part) >= _SMALLEST_OBJECT * mask.size:
+            parts.append(sorted(part))
+    regions = []
+    for part in sorted(parts, key=lambda p: (-len(p), p)):
         region = np.zeros_like(mask)
-        region[np.unravel_index(int(left.argmax()), mask.shape)] = True
-        while True:
-            grown = _grow(region) & left
-            if (grown == region).all():
-                break
-            region = grown
-        left &= ~region
-        if region.mean() >= _SMALLEST_OBJECT:
-            found.append(region)
-    return sorted(found, key=lambda r: -int(r.sum()))
+        region[tuple(np.transpose(part))] = True
+        regions.append(region)
+    return regions
 
 
 def _largest_around(values: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "side side"]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lgpt.engine.start import load_deepspeed
+from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.settings.training import OptimizerSettings
 
 _NOT_DECAYED_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
@@ -62,8 +62,12 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
         eps=optimizer.eps,
         fused=torch.cuda.is_available(),
     )
+    config = copy.deepcopy(ds_config)
+    if Float32Products.is_on:
+        # DeepSpeed's own linear function multiplies in bf16 in its backward (seen: 2 s a step).
+        config["zero_optimization"]["memory_efficient_linear"] = False
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=adamw, config=copy.deepcopy(ds_config), dist_init_required=False
+        model=model, optimizer=adamw, config=config, dist_init_required=False
     )
     return engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,8 @@ def load_deepspeed() -> ModuleType:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch >= 2.10 renamed two collectives; DeepSpeed 0.19.8 calls the old names at every step.
+    warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
     import deepspeed
     import deepspeed.ops
 
@@ -86,6 +89,9 @@ class Float32Products(TorchFunctionMode):
     GFLOP/s seen on AVX2), while the casts cost a few percent. Backward products run in float32 too,
     because autograd sees the casts.
     """
+
+    is_on = False
+    """Whether `afford_bf16` has switched it on for this process."""
 
     _PRODUCTS = frozenset(
         {
@@ -143,6 +149,7 @@ def afford_bf16(device: torch.device) -> bool:
     if slowdown < _SLOWER_THAN_FLOAT32:
         return False
     Float32Products().__enter__()
+    Float32Products.is_on = True
     _log.info(
         "This CPU multiplies bf16 %.0f times slower than float32: products are computed "
         "in float32 and "

@@ -96,9 +96,7 @@ class _Loop:
 
     def is_finished(self) -> bool:
         """The step or the time budget is used up; the same answer on every rank."""
-        return (
-            self.progress.step >= self.run.training.max_steps or self.progress.spent_share >= 1.0
-        )
+        return self.progress.step >= self.run.training.max_steps or self.progress.spent_share >= 1.0
 
     def one_step(self, signals: StopSignals) -> bool:
         """One optimizer step and what is due after it; True when any rank was told to stop."""

@@ -226,6 +226,7 @@ def test_a_wrong_config_is_told_once_by_all_ranks(home: Path):
     done = _run(*_deepspeed(path), "batch.global_batch_images=7", expect=2)
     text = done.stdout + done.stderr
     assert text.count("3 problems") == 1
-    for part in ("nam", "did you mean name", "seed", "global_batch_images (7, command line)", "4 or 8"):
+    batch = "global_batch_images (7, command line)"
+    for part in ("nam", "did you mean name", "seed", batch, "4 or 8"):
         assert part in text
     assert not (home / "runs" / "wrong").exists()
