@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lgpt.core.errors import CheckpointError
+from lgpt.models.model_folder import require_files
 
 _ARRAY = 1
 _CHUNKED = "__msgpack_chunked_array__"
@@ -33,12 +34,12 @@ def read_flax_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         CheckpointError: A file is missing, damaged, or not a vqgan-jax VQModel.
     """
     config_path, weights_path = folder / "config.json", folder / "flax_model.msgpack"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder} is not a Flax VQGAN: {path.name} is missing; it needs config.json and "
-                "flax_model.msgpack."
-            )
+    require_files(
+        folder,
+        (config_path.name, weights_path.name),
+        "a Flax VQGAN",
+        "; it needs config.json and flax_model.msgpack.",
+    )
     try:
         values = json.loads(config_path.read_text())
         payload = weights_path.read_bytes()

@@ -9,19 +9,16 @@ both in training and in decoding.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lgpt.core.errors import CheckpointError, SettingsError
-from lgpt.core.files import write_json_atomically
+from lgpt.core.errors import SettingsError
 from lgpt.models.attention import (
     CrossAttention,
     ResidualLinear,
@@ -31,6 +28,12 @@ from lgpt.models.attention import (
     choose_kernel,
 )
 from lgpt.models.kv_cache import DecodingState, LayerCache
+from lgpt.models.model_folder import (
+    check_fields,
+    read_model_config,
+    read_weights,
+    write_model_folder,
+)
 from lgpt.models.strict_loading import load_strictly
 from lgpt.models.token_head import TokenHead
 from lgpt.settings.transformer import TransformerSettings
@@ -91,13 +94,8 @@ class LatentGPTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LatentGPTConfig:
         """Back from `to_dict`; CheckpointError for unknown or missing fields."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise CheckpointError(
-                f"LatentGPT config has unknown fields {unknown}; known are {sorted(known)}."
-            )
-        if missing := sorted({"codebook_size", "grid_height", "grid_width"} - set(values)):
-            raise CheckpointError(f"LatentGPT config lacks {missing}.")
+        required = ("codebook_size", "grid_height", "grid_width")
+        check_fields(cls, values, required, "LatentGPT")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -346,14 +344,7 @@ class LatentGPT(nn.Module):
 
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write `config.json` and `model.safetensors`."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-        }
-        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-        values = {"model_type": _MODEL_TYPE, **self.config.to_dict()}
-        write_json_atomically(target / "config.json", values)
+        write_model_folder(folder, self, _MODEL_TYPE, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: Union[str, Path]) -> LatentGPT:
@@ -364,17 +355,13 @@ class LatentGPT(nn.Module):
         Raises:
             CheckpointError: The folder is no LatentGPT, or keys or shapes differ from its config.
         """
-        config_path, weights_path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{folder} is not a model folder: {path.name} is missing. A model folder is "
-                    "what `lgpt convert RUN FOLDER` writes."
-                )
-        values = json.loads(config_path.read_text())
-        if values.pop("model_type", None) != _MODEL_TYPE:
-            raise CheckpointError(f"{config_path} does not describe a LatentGPT (model_type).")
-        config = LatentGPTConfig.from_dict({**values, "attention": "auto"})
-        model = cls(config)
-        load_strictly(model, load_file(weights_path), str(weights_path))
+        values = read_model_config(
+            folder,
+            _MODEL_TYPE,
+            kind="a LatentGPT",
+            folder_kind="a model folder",
+            maker="A model folder is what `lgpt convert RUN FOLDER` writes.",
+        )
+        model = cls(LatentGPTConfig.from_dict({**values, "attention": "auto"}))
+        load_strictly(model, *read_weights(folder))
         return model.eval()

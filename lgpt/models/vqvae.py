@@ -14,16 +14,15 @@ from typing import NamedTuple, Union
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lgpt.core.errors import CheckpointError
-from lgpt.core.files import write_json_atomically
+from lgpt.models.model_folder import read_model_config, read_weights, write_model_folder
 from lgpt.models.quantizer import VectorQuantizer
 from lgpt.models.strict_loading import load_strictly
 from lgpt.models.vqvae_blocks import Decoder, Encoder
 from lgpt.models.vqvae_config import VQVAEConfig
 
+_MODEL_TYPE = "lgpt_vqvae"
 _TRAINING_ONLY = ("codebook_update", "ema_decay", "revive_dead_codes", "dropout")
 
 
@@ -137,15 +136,7 @@ class VQVAE(nn.Module):
 
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write `config.json` and `model.safetensors`; moving averages are kept."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-        }
-        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-        write_json_atomically(
-            target / "config.json", {"model_type": "lgpt_vqvae", **self.config.to_dict()}
-        )
+        write_model_folder(folder, self, _MODEL_TYPE, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: Union[str, Path]) -> VQVAE:
@@ -154,19 +145,15 @@ class VQVAE(nn.Module):
         Raises:
             CheckpointError: The folder is no VQ-VAE, or keys or shapes differ from its config.
         """
-        source = Path(folder)
-        config_path, weights_path = source / "config.json", source / "model.safetensors"
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{source} is not a VQ-VAE folder: {path.name} is missing. Give the folder "
-                    "that `save_pretrained` or `lgpt export` wrote."
-                )
-        values = json.loads(config_path.read_text())
-        if values.pop("model_type", None) != "lgpt_vqvae":
-            raise CheckpointError(f"{config_path} does not describe an lgpt VQ-VAE (model_type).")
+        values = read_model_config(
+            folder,
+            _MODEL_TYPE,
+            kind="an lgpt VQ-VAE",
+            folder_kind="a VQ-VAE folder",
+            maker="Give the folder that `save_pretrained` or `lgpt convert` wrote.",
+        )
         model = cls(VQVAEConfig.from_dict(values))
-        load_strictly(model, load_file(weights_path), str(weights_path))
+        load_strictly(model, *read_weights(folder))
         return model.eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lgpt.core.errors import CheckpointError
+from lgpt.models.model_folder import check_fields
 from lgpt.settings.vqvae import VqvaeSettings
 
 
@@ -40,13 +40,7 @@ class VQVAEConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VQVAEConfig:
         """Back from `to_dict`; CheckpointError for unknown or missing fields."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise CheckpointError(
-                f"VQ-VAE config has unknown fields {unknown}; known are {sorted(known)}."
-            )
-        if missing := sorted({"codebook_size", "code_dim"} - set(values)):
-            raise CheckpointError(f"VQ-VAE config lacks {missing}.")
+        check_fields(cls, values, ("codebook_size", "code_dim"), "VQ-VAE")
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**tuples)
 
