@@ -35,7 +35,6 @@ class Progress:
 
     step: int = 0
     elapsed_seconds: float = 0.0
-    spent_share: float = 0.0
     validation: dict[str, float] = field(default_factory=dict)
 
 
@@ -96,7 +95,12 @@ class _Loop:
 
     def is_finished(self) -> bool:
         """The step or the time budget is used up; the same answer on every rank."""
-        return self.progress.step >= self.run.training.max_steps or self.progress.spent_share >= 1.0
+        return self.progress.step >= self.run.training.max_steps or self._spent_share() >= 1.0
+
+    def _spent_share(self) -> float:
+        """Share of the time budget that is used up; 0 without one."""
+        minutes = self.run.training.max_minutes
+        return 0.0 if minutes is None else self.progress.elapsed_seconds / (60 * minutes)
 
     def one_step(self, signals: StopSignals) -> bool:
         """One optimizer step and what is due after it; True when any rank was told to stop."""
@@ -109,7 +113,7 @@ class _Loop:
             max_steps=training.max_steps,
             decay=schedule.decay,
             final_ratio=schedule.final_ratio,
-            spent_share=self.progress.spent_share,
+            spent_share=self._spent_share(),
         )
         set_learning_rate(self.task.engine, learning_rate)
         metrics = dict(self.task.train_step(self.progress.step))
@@ -126,8 +130,6 @@ class _Loop:
         if agreed["has_diverged"]:
             self._diverged(metrics)
         self.progress.elapsed_seconds = agreed["elapsed_seconds"]
-        if training.max_minutes is not None:
-            self.progress.spent_share = agreed["elapsed_seconds"] / (60 * training.max_minutes)
         self.window.append(metrics)
         self.progress.step += 1
         self.bar.update()
@@ -147,9 +149,8 @@ class _Loop:
         raise DivergedError(
             f"{self.task.main_loss} is not finite at step {self.progress.step + 1} (on this rank "
             f"{metrics[self.task.main_loss]}; gradient norm {metrics['gradient_norm']}). "
-            "The checkpoint "
-            f"of step {self.saved_step} is whole. Lower optimizer.learning_rate (now "
-            f"{self.run.optimizer.learning_rate}) or raise schedule.warmup_steps (now "
+            f"The checkpoint of step {self.saved_step} is whole. Lower optimizer.learning_rate "
+            f"(now {self.run.optimizer.learning_rate}) or raise schedule.warmup_steps (now "
             f"{self.run.schedule.warmup_steps}), then run the same command again."
         )
 
