@@ -107,7 +107,8 @@ class LatentCache:
         if not (folder / MANIFEST).exists():
             raise DataError(
                 f"{folder} is not a finished latent cache (it has no {MANIFEST}); run "
-                "`lgpt prepare CONFIG`, which goes on where it was stopped."
+                "`lgpt prepare CONFIG`, which goes on where it was stopped, or leave latent_cache "
+                "out to encode on the fly."
             )
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest.get("format") != FORMAT:

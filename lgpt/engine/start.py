@@ -152,8 +152,7 @@ def afford_bf16(device: torch.device) -> bool:
     Float32Products.is_on = True
     _log.info(
         "This CPU multiplies bf16 %.0f times slower than float32: products are computed "
-        "in float32 and "
-        "rounded to bf16, as bf16 hardware does; weights and ZeRO stay bf16.",
+        "in float32 and rounded to bf16, as bf16 hardware does; weights and ZeRO stay bf16.",
         slowdown,
     )
     return True

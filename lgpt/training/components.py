@@ -78,8 +78,7 @@ def load_text_encoder_of(
             make_random_clip_text_encoder(Path(name), captions, seed=run.data.seed)
             _log.info(
                 "Made a random CLIP text encoder in %s: frozen, untrained, it tells "
-                "captions apart but "
-                "knows no language.",
+                "captions apart but knows no language.",
                 name,
             )
         barrier()
@@ -102,7 +101,7 @@ def transform_of(data: DataSettings, split: str) -> ImageTransform:
 def cache_fingerprint(
     run: TransformerRun,
     dataset: CaptionedDataset,
-    vqvae: VQVAE,
+    vqvae_digest: str,
     text_encoder: Optional[ClipTextEncoder],
 ) -> dict[str, Any]:
     """Everything that decides what a latent cache holds, as named parts that can be compared."""
@@ -112,7 +111,7 @@ def cache_fingerprint(
         "split": dataset.split,
         "transform": transform_of(run.data, dataset.split).describe(),
         "vqvae_source": run.vqvae.source,
-        "vqvae_weights": vqvae.weights_digest(),
+        "vqvae_weights": vqvae_digest,
         "vqvae_input_range": run.vqvae.input_range,
         "text_encoder": "none" if text_encoder is None else text_encoder.digest,
         "text_dtype": "none" if text_encoder is None else run.text.cache_dtype,

@@ -59,11 +59,11 @@ def prepare_latent_cache(run: TransformerRun) -> None:
     if run.latent_cache is None:
         raise SettingsError(
             "latent_cache is not set, so there is nothing to prepare; give it a folder, "
-            "for example "
-            f"latent_cache=runs/{run.name}-latents."
+            f"for example latent_cache=runs/{run.name}-latents."
         )
     device = start_process_group() if world_size() > 1 else device_of_this_rank()
     vqvae = load_vqvae_of(run.vqvae).to(device)
+    vqvae_digest = vqvae.weights_digest()
     train = open_split(run.data, "train")
     encoder: Optional[ClipTextEncoder] = None
     if run.conditioning == "text_conditional":
@@ -76,7 +76,7 @@ def prepare_latent_cache(run: TransformerRun) -> None:
             transform_of(run.data, split),
             encode_images=image_encoder(vqvae, device),
             encode_captions=None if encoder is None else caption_encoder(encoder, device),
-            fingerprint=cache_fingerprint(run, dataset, vqvae, encoder),
+            fingerprint=cache_fingerprint(run, dataset, vqvae_digest, encoder),
             codebook_size=vqvae.vocab_size,
             downsample_factor=vqvae.downsample_factor,
             text_dtype=run.text.cache_dtype,

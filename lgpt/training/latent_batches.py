@@ -7,12 +7,12 @@ from typing import Optional, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from lgpt.data.captioned import CaptionedDataset
 from lgpt.data.image_batches import ImageBatches
-from lgpt.data.latent_cache import CaptionEncoder, ImageEncoder, LatentCache
+from lgpt.data.latent_cache import CachedBatch, CaptionEncoder, ImageEncoder
 from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_unit_range
 
@@ -23,52 +23,25 @@ _DROP_STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Tokens of n images, their captions' embeddings, and which captions are dropped."""
+    """Tokens and captions of n images, and which of the captions are dropped."""
 
-    tokens: Int[Tensor, "n tokens"]
-    text: Optional[Float[Tensor, "n words width"]]
-    text_mask: Optional[Bool[Tensor, "n words"]]
+    latents: CachedBatch
     null_text: Bool[Tensor, " n"]
 
 
 @runtime_checkable
 class LatentSource(Protocol):
-    """Where latents come from."""
+    """Where latents come from: a split of the latent cache, or the encoders."""
 
     def __len__(self) -> int: ...
 
-    def batch(
-        self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray
-    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-        """Tokens [n, L], text [n, T, D] and mask [n, T] of chosen crops and captions."""
+    def batch(self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray) -> CachedBatch:
+        """Chosen crops and captions of n items."""
 
     def num_captions(self, item: int) -> int: ...
 
     @property
     def crops(self) -> int: ...
-
-
-class CachedLatents:
-    """A split of the latent cache."""
-
-    def __init__(self, cache: LatentCache) -> None:
-        self._cache = cache
-
-    def __len__(self) -> int:
-        return len(self._cache)
-
-    @property
-    def crops(self) -> int:
-        return self._cache.crops
-
-    def num_captions(self, item: int) -> int:
-        return self._cache.num_captions(item)
-
-    def batch(
-        self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray
-    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-        batch = self._cache.batch(items, crops, captions)
-        return batch.tokens, batch.text, batch.text_mask
 
 
 class EncodedLatents:
@@ -91,18 +64,15 @@ class EncodedLatents:
     def num_captions(self, item: int) -> int:
         return len(self._dataset.captions(item))
 
-    def batch(
-        self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray
-    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    def batch(self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray) -> CachedBatch:
         pictures = to_unit_range(torch.from_numpy(self._images.items(items, crops)))
         tokens = self._encode_images(pictures).flatten(1)
         if self._encode_captions is None:
-            return tokens, None, None
+            return CachedBatch(tokens, None, None)
         # A bad picture was replaced by another: its captions belong to that one.
         shown = (self._dataset.captions(int(item)) for item in self._images.shown(items))
         texts = [of_item[int(c) % len(of_item)] for of_item, c in zip(shown, captions)]
-        text, mask = self._encode_captions(texts)
-        return tokens, text, mask
+        return CachedBatch(tokens, *self._encode_captions(texts))
 
 
 class TrainingLatents:
@@ -124,18 +94,18 @@ class TrainingLatents:
         start, count = int(places[0]), len(places)
         items = self._order.indices(start, count)
         num_captions = np.array([self._source.num_captions(int(item)) for item in items])
-        tokens, text, mask = self._source.batch(
+        latents = self._source.batch(
             items,
             self._crop_order.choices(start, count, np.full(count, self._source.crops)),
             self._caption_order.choices(start, count, num_captions),
         )
         draws = self._drop_order.choices(start, count, np.full(count, _DROP_STEPS))
         dropped = draws < self._cond_drop * _DROP_STEPS
-        return LatentBatch(tokens, text, mask, torch.from_numpy(dropped))
+        return LatentBatch(latents, torch.from_numpy(dropped))
 
 
 def validation_batch(source: LatentSource, items: np.ndarray) -> LatentBatch:
     """Centre crop and first caption of these items; nothing dropped."""
     zeros = np.zeros(len(items), dtype=np.int64)
-    tokens, text, mask = source.batch(items, zeros, zeros)
-    return LatentBatch(tokens, text, mask, torch.zeros(len(items), dtype=torch.bool))
+    dropped = torch.zeros(len(items), dtype=torch.bool)
+    return LatentBatch(source.batch(items, zeros, zeros), dropped)

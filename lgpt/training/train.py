@@ -69,9 +69,8 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
             tracker.finish("FAILED")
         raise OutOfMemoryError(
             "The device ran out of memory with batch.micro_batch_images "
-            f"{run.batch.micro_batch_images}; "
-            "lower it (the global batch stays: accumulation makes up for it). DeepSpeed said: "
-            f"{str(error).splitlines()[0]}"
+            f"{run.batch.micro_batch_images}; lower it (the global batch stays: accumulation makes "
+            f"up for it). DeepSpeed said: {str(error).splitlines()[0]}"
         ) from error
     except BaseException:
         if tracker is not None:
@@ -110,8 +109,7 @@ def _resume(run: RunSettings, task: Task) -> Progress:
     if progress.step > run.training.max_steps:
         raise SettingsError(
             f"The newest checkpoint of {run.name} is at step {progress.step}, beyond "
-            "training.max_steps "
-            f"({run.training.max_steps}); raise max_steps or give another name=."
+            f"training.max_steps ({run.training.max_steps}); raise max_steps or give another name=."
         )
     _log.info("Going on from %s: %d steps are done.", folder, progress.step)
     return progress

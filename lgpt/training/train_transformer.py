@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from lgpt.core.distributed import rank, world_size
-from lgpt.core.errors import DataError
 from lgpt.data.image_batches import ImageBatches
 from lgpt.data.latent_cache import LatentCache
 from lgpt.data.transforms import to_pil
@@ -34,7 +33,6 @@ from lgpt.training.components import (
 )
 from lgpt.training.encode_latents import caption_encoder, image_encoder
 from lgpt.training.latent_batches import (
-    CachedLatents,
     EncodedLatents,
     LatentBatch,
     LatentSource,
@@ -57,6 +55,7 @@ class TransformerTask:
         """
         self.run, self.device = run, device
         self.vqvae: VQVAE = load_vqvae_of(run.vqvae).to(device)
+        self.vqvae_digest = self.vqvae.weights_digest()  # reads every weight: once
         train_set, val_set = open_split(run.data, "train"), open_split(run.data, "val")
         self.text_encoder: Optional[ClipTextEncoder] = None
         if run.conditioning == "text_conditional":
@@ -83,15 +82,8 @@ class TransformerTask:
     def _source(self, dataset: Any) -> LatentSource:
         run = self.run
         if run.latent_cache is not None:
-            folder = run.latent_cache / dataset.split
-            if not (folder / "manifest.json").exists():
-                raise DataError(
-                    f"latent_cache {run.latent_cache} has no finished split '{dataset.split}'; run "
-                    "`lgpt prepare` with this run config first, or remove latent_cache "
-                    "to encode on the fly."
-                )
-            expected = cache_fingerprint(run, dataset, self.vqvae, self.text_encoder)
-            return CachedLatents(LatentCache.open(folder, expected))
+            expected = cache_fingerprint(run, dataset, self.vqvae_digest, self.text_encoder)
+            return LatentCache.open(run.latent_cache / dataset.split, expected)
         transform = transform_of(run.data, dataset.split)
         return EncodedLatents(
             dataset,
@@ -115,7 +107,7 @@ class TransformerTask:
         return {
             "kind": "latent_gpt",
             "config": self.model_config.to_dict(),
-            "vqvae": {**run.vqvae.model_dump(), "digest": self.vqvae.weights_digest()},
+            "vqvae": {**run.vqvae.model_dump(), "digest": self.vqvae_digest},
             "text_encoder": text,
         }
 
@@ -149,9 +141,11 @@ class TransformerTask:
 
     def _loss(self, batch: LatentBatch) -> torch.Tensor:
         dtype = parameter_dtype(self.engine)
-        tokens = batch.tokens.to(self.device, non_blocking=True)
-        text = None if batch.text is None else batch.text.to(self.device, dtype, non_blocking=True)
-        mask = None if batch.text_mask is None else batch.text_mask.to(self.device)
+        latents = batch.latents
+        tokens = latents.tokens.to(self.device, non_blocking=True)
+        text = latents.text
+        text = None if text is None else text.to(self.device, dtype, non_blocking=True)
+        mask = None if latents.text_mask is None else latents.text_mask.to(self.device)
         return self.engine(
             tokens, text, mask, targets=tokens, null_text=batch.null_text.to(self.device)
         )
