@@ -127,8 +127,9 @@ def test_usr1_saves_requeues_and_the_second_start_ends_the_run(site: Site):
     site.wait_for_rank()
     site.slurm.run("scancel", "--batch", "--signal=USR1", job)
     site.slurm.wait_until(job, {"PENDING"}, 30)
-    # Slurm makes a requeued job wait for two minutes.
-    site.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    # Slurm makes a requeued job wait for two minutes. Two seconds are the least: slurmd keeps to
+    # whole seconds what it revoked, and refuses a start within the second of the requeue.
+    site.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
     site.slurm.wait_until(job, {"COMPLETED"}, 40)
     assert "Restarts=1" in site.slurm.run("scontrol", "show", "job", job)
     output = site.slurm.output(job)
