@@ -92,7 +92,7 @@ def causal_attention(
 
         # By keyword: flash-attn 2.6 put `softcap` in the middle of the positional ones.
         return flash_attn_func(q=q_BLNK, k=k_BLNK, v=v_BLNK, causal=True)
-    attended = functional.scaled_dot_product_attention(
+    attended = _scaled_dot_product_attention(
         q_BLNK.transpose(1, 2), k_BLNK.transpose(1, 2), v_BLNK.transpose(1, 2), is_causal=True
     )
     return attended.transpose(1, 2)
@@ -121,10 +121,32 @@ def cached_attention(
             causal=True,
         )
     keys, values = cache.append(k_B1NK, v_B1NK, position)
-    attended = functional.scaled_dot_product_attention(
+    attended = _scaled_dot_product_attention(
         q_B1NK.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     )
     return attended.transpose(1, 2)
+
+
+def _scaled_dot_product_attention(
+    q_BNLK: Tensor,
+    k_BNSK: Tensor,
+    v_BNSK: Tensor,
+    *,
+    attn_mask: Optional[Tensor] = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """PyTorch's; on a CPU bf16 is computed in float32 and rounded once.
+
+    There its bf16 kernel takes up to six times as long, most of it in the backward pass (torch
+    2.13, AVX-512 with bf16 units).
+    """
+    dtype = q_BNLK.dtype
+    if q_BNLK.device.type == "cpu" and dtype == torch.bfloat16:
+        q_BNLK, k_BNSK, v_BNSK = q_BNLK.float(), k_BNSK.float(), v_BNSK.float()
+    attended = functional.scaled_dot_product_attention(
+        q_BNLK, k_BNSK, v_BNSK, attn_mask=attn_mask, is_causal=is_causal
+    )
+    return attended.to(dtype)
 
 
 class Rope2d(nn.Module):
@@ -252,7 +274,7 @@ class CrossAttention(nn.Module):
         """Attend to the text tokens whose mask is True."""
         batch, length, _ = x_BLD.shape
         q_BLNK = self.q_norm(self.q(x_BLD).view(batch, length, self.heads, -1))
-        attended = functional.scaled_dot_product_attention(
+        attended = _scaled_dot_product_attention(
             q_BLNK.transpose(1, 2), keys, values, attn_mask=mask_B11T
         )
         return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
