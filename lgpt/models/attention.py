@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
-from lgpt.models.kv_cache import LayerCache
+from lgpt.models.kv_cache import ImageCache
 
 _logger = get_logger(__name__)
 
@@ -102,7 +102,7 @@ def cached_attention(
     q_B1NK: Float[Tensor, "batch 1 heads head_width"],
     k_B1NK: Float[Tensor, "batch 1 heads head_width"],
     v_B1NK: Float[Tensor, "batch 1 heads head_width"],
-    cache: LayerCache,
+    cache: ImageCache,
     position: int,
     kernel: str,
 ) -> Float[Tensor, "batch 1 heads head_width"]:
@@ -217,7 +217,7 @@ class SelfAttention(nn.Module):
         x_BLD: Float[Tensor, "batch length width"],
         rotation: Optional[Any],
         kernel: str,
-        cache: Optional[LayerCache] = None,
+        cache: Optional[ImageCache] = None,
         position: int = 0,
     ) -> Float[Tensor, "batch length width"]:
         """All positions at once, or with `cache` the single position `position`."""

@@ -1,4 +1,4 @@
-"""What decoding remembers: keys and values of every layer, in memory laid out once.
+"""What decoding remembers: keys and values of every block, in memory laid out once.
 
 Shapes: B pictures, L grid tokens, T text tokens, N heads, K head width.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 @dataclass
-class LayerCache:
-    """Self-attention's keys and values of one layer; rows beyond the position are not yet written.
+class ImageCache:
+    """Self-attention's keys and values of one block; rows beyond the position are not yet written.
 
     The layout is flash-attn's, heads after positions.
     """
@@ -30,19 +30,30 @@ class LayerCache:
 
 
 @dataclass
+class BlockCache:
+    """What one block remembers.
+
+    Attributes:
+        image: Of self-attention.
+        text: Cross-attention's keys and values, each [B, N, T, K]; None until the first position.
+    """
+
+    image: ImageCache
+    text: Optional[tuple[Tensor, Tensor]] = None
+
+
+@dataclass
 class DecodingState:
     """One batch of pictures being written, token by token.
 
     Attributes:
-        layers: Self-attention caches, one a layer.
-        text_keys: Cross-attention keys, one [B, N, T, K] a layer, computed once.
-        text_values: Their values.
+        blocks: One cache a block.
+        text: Null embedding and text behind it, what cross-attention reads.
         text_mask: True where a picture may look; None where all of its text tokens count.
         position: How many input positions (the start token is the first) have been read.
     """
 
-    layers: list[LayerCache]
-    text_keys: list[Tensor]
-    text_values: list[Tensor]
+    blocks: list[BlockCache]
+    text: Float[Tensor, "batch words text_width"]
     text_mask: Optional[Bool[Tensor, "batch 1 1 words"]]
     position: int = 0

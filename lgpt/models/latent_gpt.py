@@ -27,7 +27,7 @@ from lgpt.models.attention import (
     build_norm,
     choose_kernel,
 )
-from lgpt.models.kv_cache import DecodingState, LayerCache
+from lgpt.models.kv_cache import BlockCache, DecodingState, ImageCache
 from lgpt.models.model_folder import (
     check_fields,
     read_model_config,
@@ -152,34 +152,31 @@ class Block(nn.Module):
         text: Tensor,
         text_mask: Optional[Tensor],
         kernel: str,
+        cache: Optional[BlockCache] = None,
+        position: int = 0,
     ) -> Tensor:
-        """All positions at once."""
-        attended = self.self_attention(self.self_norm(x_BLD), rotation, kernel)
+        """All positions at once, or with `cache` the single position `position` [B, 1, D].
+
+        The one way in, so that ZeRO-3 can gather a block as a whole. The text's keys and values are
+        computed at position 0 and kept in the cache.
+        """
+        attended = self.self_attention(
+            self.self_norm(x_BLD),
+            rotation,
+            kernel,
+            None if cache is None else cache.image,
+            position,
+        )
         x_BLD = x_BLD + self.dropout(attended)
-        keys, values = self.cross_attention.keys_values(text)
+        if cache is None:
+            keys, values = self.cross_attention.keys_values(text)
+        else:
+            if cache.text is None:
+                cache.text = self.cross_attention.keys_values(text)
+            keys, values = cache.text
         attended = self.cross_attention(self.cross_norm(x_BLD), keys, values, text_mask)
         x_BLD = x_BLD + self.dropout(attended)
         return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
-
-    def decode(
-        self,
-        x_B1D: Tensor,
-        rotation: Optional[tuple[Tensor, Tensor]],
-        state: DecodingState,
-        layer: int,
-        kernel: str,
-    ) -> Tensor:
-        """One position, with the cache of layer `layer`."""
-        x_B1D = x_B1D + self.self_attention(
-            self.self_norm(x_B1D), rotation, kernel, state.layers[layer], state.position
-        )
-        x_B1D = x_B1D + self.cross_attention(
-            self.cross_norm(x_B1D),
-            state.text_keys[layer],
-            state.text_values[layer],
-            state.text_mask,
-        )
-        return x_B1D + self.mlp(self.mlp_norm(x_B1D))
 
 
 class LatentGPT(nn.Module):
@@ -259,7 +256,7 @@ class LatentGPT(nn.Module):
         null_text: Optional[Bool[Tensor, " batch"]] = None,
         max_batch: Optional[int] = None,
     ) -> DecodingState:
-        """Lay out the caches of a batch of pictures and compute the text's keys and values.
+        """Lay out the caches of a batch of pictures.
 
         Args:
             text: Text embeddings, one row a picture; None reads the null embedding.
@@ -272,12 +269,13 @@ class LatentGPT(nn.Module):
         device = self.start_embedding.weight.device
         start = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
         context, context_mask = self._context(batch, text, text_mask, null_text, start)
-        pairs = [block.cross_attention.keys_values(context) for block in self.blocks]
         shape = (batch, self.config.num_tokens, self.config.heads, self.config.head_width)
         return DecodingState(
-            layers=[LayerCache(start.new_zeros(shape), start.new_zeros(shape)) for _ in pairs],
-            text_keys=[keys for keys, _ in pairs],
-            text_values=[values for _, values in pairs],
+            blocks=[
+                BlockCache(ImageCache(start.new_zeros(shape), start.new_zeros(shape)))
+                for _ in self.blocks
+            ],
+            text=context,
             text_mask=context_mask,
         )
 
@@ -288,14 +286,16 @@ class LatentGPT(nn.Module):
         """Read one token a picture (None: the start token) and give the next token's logits."""
         assert (tokens is None) == (state.position == 0), "the start token comes first, and once"
         if tokens is None:
-            batch, device = state.text_keys[0].shape[0], state.text_keys[0].device
+            batch, device = state.text.shape[0], state.text.device
             x_B1D = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
         else:
             x_B1D = self.token_embedding(tokens.unsqueeze(1))
         x_B1D, rotation = self._with_positions(x_B1D, state.position)
         kernel = self._kernel(x_B1D)
-        for layer, block in enumerate(self.blocks):
-            x_B1D = block.decode(x_B1D, rotation, state, layer, kernel)
+        for block, cache in zip(self.blocks, state.blocks):
+            x_B1D = block(
+                x_B1D, rotation, state.text, state.text_mask, kernel, cache, state.position
+            )
         state.position += 1
         return self.head(self.final_norm(x_B1D))[:, 0]
 
