@@ -9,23 +9,18 @@ else without a word; this module refuses both, with everything else that is wron
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Optional
 
 from lgpt.core.errors import SettingsError
 from lgpt.settings.checks import Problem
 from lgpt.settings.deepspeed_check import AUTO, misfits
+from lgpt.settings.deepspeed_file import load_deepspeed_json
 from lgpt.settings.explain import located, shown
 from lgpt.settings.phases import Phase2, RunSettings
 from lgpt.settings.sources import KeyPath, Sources
-
-_INSTALLED_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
-_CHECKOUT_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
 _SHORT_DTYPES = {
     "float32": "fp32",
@@ -88,46 +83,6 @@ def deepspeed_problems(
         start = f"{located(path, sources)}: " if named and sources is not None else ""
         found: list[Problem] = [([path], start + problem) for problem in error.problems]
         return _batch_problems(run, world_size, sources) + found
-
-
-def shipped_deepspeed_configs() -> list[str]:
-    """Names in `ds_configs`, without `.json`."""
-    return sorted(file.stem for file in _shipped_folder().glob("*.json"))
-
-
-def load_deepspeed_json(name: str) -> dict[str, Any]:
-    """Read a JSON by its name in `ds_configs` or by its path; refuse duplicate keys."""
-    file = Path(name)
-    if not file.is_file():
-        file = _shipped_folder() / (name if name.endswith(".json") else f"{name}.json")
-    if not file.is_file():
-        names = shipped_deepspeed_configs()
-        close = get_close_matches(name.removesuffix(".json"), names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise SettingsError(
-            f"no DeepSpeed config {name!r}: {hint}it must be a JSON file or one of "
-            f"{', '.join(names)}."
-        )
-    twice: list[str] = []
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
-        return dict(pairs)
-
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{file}:{error.lineno} is not JSON: {error.msg}.") from None
-    if twice:
-        raise SettingsError([f"{file}: key {key!r} is written twice; keep one." for key in twice])
-    if not isinstance(config, dict):
-        raise SettingsError(f"{file} must hold one JSON object.")
-    return config
-
-
-def _shipped_folder() -> Path:
-    return _INSTALLED_FOLDER if _INSTALLED_FOLDER.is_dir() else _CHECKOUT_FOLDER
 
 
 def _resolve(

@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 
 from lgpt.core.errors import SettingsError
-from lgpt.settings.deepspeed import (
-    load_deepspeed_json,
-    resolve_deepspeed_config,
-    shipped_deepspeed_configs,
-)
+from lgpt.settings.deepspeed import resolve_deepspeed_config
+from lgpt.settings.deepspeed_file import load_deepspeed_json, shipped_deepspeed_configs
 from lgpt.settings.run import load_run_settings
 
 RUN = load_run_settings("phase3_500m", environ={})

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from lgpt.settings.deepspeed import resolve_deepspeed_config, shipped_deepspeed_configs
+from lgpt.settings.deepspeed import resolve_deepspeed_config
+from lgpt.settings.deepspeed_file import shipped_deepspeed_configs
 from lgpt.settings.phases import Phase2, RunSettings
 from lgpt.settings.run import dump_run_settings, load_run_settings
 from lgpt.settings.show import as_json_object, render
