@@ -45,6 +45,15 @@ def section_of(annotation: Any) -> Optional[type[Section]]:
     return annotation if is_section else None
 
 
+def sections_of(model: type[Section], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    """The path of every section of a settings tree, outer ones first."""
+    for name, field in model.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            yield (*prefix, name)
+            yield from sections_of(inner, (*prefix, name))
+
+
 def fields_of(model: type[Section], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
     """Every value of a settings tree with its path, sections opened."""
     for name, field in model.model_fields.items():
@@ -53,6 +62,26 @@ def fields_of(model: type[Section], prefix: KeyPath = ()) -> Iterator[tuple[KeyP
             yield (*prefix, name), field
         else:
             yield from fields_of(inner, (*prefix, name))
+
+
+def values_where_sections_belong(
+    sources: Sources, model: type[Section]
+) -> list[tuple[KeyPath, str]]:
+    """`training: 5`, or `data=` on a command line, which would drop all that is inherited."""
+    found = []
+    for path in sections_of(model):
+        wrong = [(value, place) for clash, value, place in sources.clashes if clash == path]
+        place = sources.places.get(path)  # a section has none, its keys have
+        if place is not None and not wrong:
+            value = sources.value(path)
+            if place.is_typed_text or value not in (None, {}):
+                wrong.append((value, place))
+        if wrong:
+            value, place = wrong[-1]
+            start = f"{dotted(path)} = {shown(value)} ({place.text})"
+            how = f" Write {dotted(path)}.key=value." if place.is_typed_text else ""
+            found.append((path, f"{start} must be a section with keys under it.{how}"))
+    return found
 
 
 def _plain_types(annotation: Any) -> tuple[Any, ...]:
@@ -92,7 +121,7 @@ def unknown_keys(
             elsewhere[path] = f"{elsewhere[path]} and {name}" if path in elsewhere else name
     texts, unknown = [], []
     for path in _unknown_paths(sources.tree, model):
-        place = sources.place(path) or sources.place(sources.written(path)[0])
+        place = sources.place(path)
         hint = _nearest(path, model, known, elsewhere)
         where = place.text if place else "default"
         if place and place.text.startswith("environment") and "__" not in place.text:
@@ -193,8 +222,6 @@ def _rule(kind: str, limits: Mapping[str, Any], value: Any, message: str) -> str
         "string_type": 'must be text; put it in quotes ("...").',
         "path_type": "must be a path.",
         "tuple_type": "must be a list, for example [a, b].",
-        "model_type": "must be a section with keys under it.",
-        "model_attributes_type": "must be a section with keys under it.",
     }
     if kind in rules:
         return rules[kind].format(**limits)

@@ -7,6 +7,7 @@ first.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ from lgpt.settings.explain import (
     invalid_values,
     located,
     section_of,
+    sections_of,
     take_typed_text,
     unknown_keys,
+    values_where_sections_belong,
 )
 from lgpt.settings.phases import Phase1, Phase2, Phase3, RunSettings
 from lgpt.settings.sources import KeyPath, Sources, find_config, read_sources
@@ -69,6 +72,8 @@ def load_run_settings(
     run, invalid = _validated(sources, model)
     problems.extend(text for _, text in invalid)
     bad_paths = [key_path for key_path, _ in invalid]
+    if "phase" not in sources.tree:
+        bad_paths.append(("phase",))
     run = _without_inert(run, sources, problems, bad_paths)
     found = [*contradictions(run, sources), *deepspeed_problems(run, world_size, sources)]
     problems.extend(text for paths, text in found if not _touches(paths, bad_paths))
@@ -88,7 +93,7 @@ def dump_run_settings(run: RunSettings) -> str:
 def _phase_model(sources: Sources, problems: list[str]) -> type[Union[Phase1, Phase2, Phase3]]:
     """The phase that validates the tree; when `phase` is wrong, the one whose keys fit best."""
     phase = sources.tree.get("phase")
-    if phase in _PHASES and not isinstance(phase, bool):
+    if type(phase) is int and phase in _PHASES:
         return _PHASES[phase]
     if phase is None:
         problems.append(
@@ -106,20 +111,37 @@ def _validated(
     sources: Sources, model: type[Union[Phase1, Phase2, Phase3]]
 ) -> tuple[RunSettings, list[tuple[KeyPath, str]]]:
     """A valid tree whatever was written, with what had to be left out for it."""
+    invalid = values_where_sections_belong(sources, model)
+    bad_sections = [path for path, _ in invalid]
+    for path in sections_of(model):
+        _open_section(sources, path, is_wrong=path in bad_sections)
     for name, field in model.model_fields.items():
-        is_empty = sources.tree.get(name, {} if field.is_required() else 0) in (None, {})
-        if section_of(field.annotation) is not None and is_empty:
-            sources.places.pop((name,), None)
-            sources.tree[name] = {}  # `data:` with nothing under it
-    invalid = flags_where_numbers_belong(sources, model)
-    _repair(sources, [path for path, _ in invalid])
+        if section_of(field.annotation) is not None and field.is_required():
+            sources.tree.setdefault(name, {})
+    flags = flags_where_numbers_belong(sources, model)
+    invalid.extend(flags)
+    _repair(sources, [path for path, _ in flags])
     while True:
         try:
             return model.model_validate(sources.tree), invalid
         except ValidationError as error:
             found = invalid_values(error, sources)
-            invalid.extend(found)
+            # What a wrong section lacks is not missing: it was never said.
+            invalid.extend(f for f in found if not _lies_in(f[0], bad_sections))
+            before = copy.deepcopy(sources.tree)
             _repair(sources, [path for path, _ in found])
+            assert sources.tree != before, f"nothing repairs {[path for path, _ in found]}"
+
+
+def _open_section(sources: Sources, path: KeyPath, is_wrong: bool) -> None:
+    """`data:` with nothing under it, or with something wrong, is an empty section from here on."""
+    parent = sources.tree
+    for key in path[:-1]:
+        parent = parent.get(key, {})
+    if is_wrong or (path[-1] in parent and parent[path[-1]] in (None, {})):
+        for known in sources.written(path):
+            del sources.places[known]
+        parent[path[-1]] = {}
 
 
 def _repair(sources: Sources, paths: Sequence[KeyPath]) -> None:
@@ -137,6 +159,10 @@ def _remove(tree: dict[str, Any], path: KeyPath) -> None:
     for key in path[:-1]:
         tree = tree.get(key, {})
     tree.pop(path[-1], None)
+
+
+def _lies_in(path: KeyPath, prefixes: Sequence[KeyPath]) -> bool:
+    return any(path[: len(prefix)] == prefix for prefix in prefixes)
 
 
 def _touches(paths: Sequence[KeyPath], bad_paths: Sequence[KeyPath]) -> bool:

@@ -43,13 +43,16 @@ class Sources:
     tree: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    # Plain values that replaced a mapping, or were replaced by one: at most one of both was right.
+    clashes: list[tuple[KeyPath, Any, Place]] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Optional[Place]:
-        """Place of a value or, for one inside a list, of what holds it; None for a default."""
+        """Place of a value, of what holds it, or of the first thing in it; None for a default."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
-        return None
+        inner = self.written(path) if path else []
+        return self.places[inner[0]] if inner else None
 
     def value(self, path: KeyPath) -> Any:
         """The value written at a path; KeyError when nothing was."""
@@ -72,23 +75,38 @@ class Sources:
             del self.places[known]
 
     def put(self, path: KeyPath, value: Any, place: Place) -> None:
-        """Set a value; mappings are merged key by key, everything else is replaced."""
+        """Set a value; mappings are merged key by key, everything else is replaced.
+
+        Nothing (`data:` with only a comment under it, or `{}`) leaves a mapping as it is; on a
+        command line it was meant to do something, so it counts as a plain value there.
+        """
         if isinstance(value, dict) and value:
             for key, inner in value.items():
                 self.put((*path, key), inner, place)
             return
+        is_nothing = value in (None, {}) and not place.is_typed_text
         node = self.tree
         for depth, key in enumerate(path[:-1], 1):
-            if not isinstance(node.get(key), dict):
-                self.places.pop(path[:depth], None)
-                node[key] = {}
+            self._open(node, path[:depth])
             node = node[key]
-        if value == {} and isinstance(node.get(path[-1]), dict):
-            return
+        if isinstance(node.get(path[-1]), dict):
+            if is_nothing:
+                return
+            self.clashes.append((path, value, place))
         for known in self.written(path):
             del self.places[known]
         node[path[-1]] = value
         self.places[path] = place
+
+    def _open(self, node: dict[str, Any], path: KeyPath) -> None:
+        """Make the value at a path a mapping, ready for keys."""
+        value = node.get(path[-1])
+        if isinstance(value, dict) and (value or path not in self.places):
+            return
+        place = self.places.pop(path, None)
+        if place is not None and (value not in (None, {}) or place.is_typed_text):
+            self.clashes.append((path, value, place))
+        node[path[-1]] = {}
 
 
 class _Loader(yaml.SafeLoader):

@@ -66,6 +66,17 @@ def test_an_empty_section_is_the_default_one(tmp_path):
     assert load_run_settings(path, environ={}).batch.global_batch_images == 256
 
 
+def test_an_empty_section_keeps_what_is_inherited(tmp_path):
+    text = "extends: phase3_500m\nname: x\ndata:\n  # resolution: 512\nbatch: {}\n"
+    run = load_run_settings(write(tmp_path, "a.yaml", text), environ={})
+    shipped = load_run_settings("phase3_500m", environ={})
+    assert run.data == shipped.data
+    assert run.data.crops == 10
+    assert run.batch == shipped.batch
+    path = write(tmp_path, "b.yaml", PHASE2 + "data:\n  dataset: shapes\n  shapes:\n")
+    assert load_run_settings(path, environ={}).data.shapes.val_images == 512
+
+
 @pytest.mark.parametrize(
     "name", ["phase3_500m", "phase3_500m.yaml", "lgpt/configs/phase3_500m", "./demo/phase3_shapes"]
 )

@@ -123,7 +123,13 @@ def test_ten_mistakes_are_all_printed_before_torch_is_imported(tmp_path):
         ("seed=[", "seed = '[' (command line): not YAML"),
         ("phase=4", "phase = 4 (command line) must be 1, 2 or 3."),
         ("phase=null", "phase is missing: set 1"),
-        ("training=null", "training.max_steps is missing"),
+        ("phase=[1]", "phase = [1] (command line) must be 1, 2 or 3."),
+        ("training=5", "training = 5 (command line) must be a section with keys under it."),
+        ("training=[1]", "training = [1] (command line) must be a section with keys under it."),
+        ("training=null", "training = null (command line) must be a section"),
+        ("data.shapes=3", "data.shapes = 3 (command line) must be a section"),
+        ("data={}", "data = {} (command line) must be a section"),
+        ("seed.a=1", 'seed = {"a": 1} (command line) must be a whole number.'),
         ("data.max_step=3", "did you mean"),
         ("data.max_steps=3", "it belongs to another section: training.max_steps."),
         ("transformer.layers=3", "is not a setting of a run: it belongs to phase 1 and phase 3;"),
@@ -142,6 +148,40 @@ def test_variables_with_one_underscore_are_refused(tmp_path):
     assert "environment variable LGPT_TRAINING_MAX_STEPS" in problem
     assert "did you mean training.max_steps?" in problem
     assert "two underscores" in problem
+
+
+@pytest.mark.parametrize("text", ["training: 5", "training: [5]", "training: on"])
+def test_a_value_where_a_section_belongs_is_one_problem(text, tmp_path):
+    (problem,) = problems_of(f"phase: 2\nname: a\n{text}\n", tmp_path)
+    assert "(run.yaml:3) must be a section with keys under it." in problem
+
+
+@pytest.mark.parametrize("word", ["data=", "data=null", "data={}", "data=5"])
+def test_a_section_cannot_be_emptied_on_the_command_line(word, tmp_path):
+    text = VQVAE + "data: {resolution: 64}\n"
+    (problem,) = problems_of(text, tmp_path, word)
+    assert problem.endswith("must be a section with keys under it. Write data.key=value.")
+    (problem,) = problems_of(text, tmp_path, "data.workers=1", LGPT_DATA=word.partition("=")[2])
+    assert "(environment variable LGPT_DATA) must be a section" in problem
+
+
+def test_a_value_under_which_a_later_file_writes_keys_is_refused(tmp_path):
+    (tmp_path / "parent.yaml").write_text("data: 5\n")
+    (problem,) = problems_of(f"extends: parent\n{VQVAE}data: {{workers: 1}}\n", tmp_path)
+    assert problem.startswith("data = 5 (parent.yaml:1) must be a section")
+
+
+def test_a_phase_that_is_wrong_or_missing_is_no_contradiction_too(tmp_path):
+    source = "vqvae: {source: custom, checkpoint: v}\ntransformer: {layers: 2}\n"
+    for phase in ("phase: 4", "phase: [1]", "phase: true", "seed: 1"):
+        text = f"{phase}\nname: a\ntraining: {{max_steps: 5000}}\n{source}"
+        (problem,) = problems_of(text, tmp_path)
+        assert "1, 2 or 3" in problem or "phase is missing" in problem
+
+
+def test_a_mapping_where_a_value_belongs_is_told_with_its_place(tmp_path):
+    (problem,) = problems_of(VQVAE + "seed:\n  a: 1\n", tmp_path)
+    assert problem == 'seed = {"a": 1} (run.yaml:6) must be a whole number.'
 
 
 @pytest.mark.parametrize(
