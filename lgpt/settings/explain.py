@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any, Optional, Union, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -26,7 +27,10 @@ def dotted(path: KeyPath) -> str:
 
 def shown(value: Any) -> str:
     """A value as one would write it in YAML, cut when long."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -85,20 +89,27 @@ def values_where_sections_belong(
 
 
 def _plain_types(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of an Optional or Union, else the annotation alone."""
-    return get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+    """The alternatives of an Optional or Union, else the annotation alone; without metadata."""
+    options = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+    return tuple(get_args(o)[0] if get_origin(o) is Annotated else o for o in options)
 
 
 def take_typed_text(sources: Sources, model: type[Section]) -> None:
-    """`name=123` on a command line means the text "123": give string fields what was typed."""
+    """`name=1e5` means the text "1e5": give fields of text and paths what was typed."""
     for path, field in fields_of(model):
         place = sources.places.get(path)
-        if place is None or not place.is_typed_text or str not in _plain_types(field.annotation):
+        if place is None or place.raw is None:
             continue
-        value = sources.value(path)
-        if isinstance(value, (int, float)):
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            sources.put(path, text, place)
+        kinds, value = _plain_types(field.annotation), sources.value(path)
+        if isinstance(place.raw, str) and (str in kinds or Path in kinds):
+            if isinstance(value, (bool, int, float)):
+                sources.put(path, place.raw, place)
+        elif isinstance(place.raw, tuple) and tuple[str, ...] in kinds:
+            typed = [
+                raw if isinstance(item, (bool, int, float)) else item
+                for raw, item in zip(place.raw, value)
+            ]
+            sources.put(path, typed, place)
 
 
 def unknown_keys(
@@ -245,9 +256,14 @@ def flags_where_numbers_belong(sources: Sources, model: type[Section]) -> list[t
     """`max_steps: yes` is 1 to pydantic; here it is a mistake."""
     found = []
     for path, field in fields_of(model):
-        if path not in sources.places or bool in _plain_types(field.annotation):
+        is_number = {int, float, tuple[int, ...]} & set(_plain_types(field.annotation))
+        if path not in sources.places or not is_number:
             continue
-        if isinstance(sources.value(path), bool):
-            kind = "text; put it in quotes" if str in _plain_types(field.annotation) else "a number"
-            found.append((path, f"{located(path, sources)} must be {kind}, not true or false."))
+        values = {path: sources.value(path)}
+        if isinstance(values[path], list):
+            values.update({(*path, str(n)): item for n, item in enumerate(values[path])})
+        for where, value in values.items():
+            if isinstance(value, bool):
+                start = located(where, sources, value)
+                found.append((where, f"{start} must be a number, not true or false."))
     return found

@@ -71,7 +71,7 @@ def load_run_settings(
 
     run, invalid = _validated(sources, model)
     problems.extend(text for _, text in invalid)
-    bad_paths = [key_path for key_path, _ in invalid]
+    bad_paths = [*sources.unreadable, *(key_path for key_path, _ in invalid)]
     if "phase" not in sources.tree:
         bad_paths.append(("phase",))
     run = _without_inert(run, sources, problems, bad_paths)
@@ -113,6 +113,7 @@ def _validated(
     """A valid tree whatever was written, with what had to be left out for it."""
     invalid = values_where_sections_belong(sources, model)
     bad_sections = [path for path, _ in invalid]
+    unsaid = [*bad_sections, *sources.unreadable]
     for path in sections_of(model):
         _open_section(sources, path, is_wrong=path in bad_sections)
     for name, field in model.model_fields.items():
@@ -126,8 +127,8 @@ def _validated(
             return model.model_validate(sources.tree), invalid
         except ValidationError as error:
             found = invalid_values(error, sources)
-            # What a wrong section lacks is not missing: it was never said.
-            invalid.extend(f for f in found if not _lies_in(f[0], bad_sections))
+            # What a wrong section lacks, or what could not be read, is not missing as well.
+            invalid.extend(f for f in found if not _lies_in(f[0], unsaid))
             before = copy.deepcopy(sources.tree)
             _repair(sources, [path for path, _ in found])
             assert sources.tree != before, f"nothing repairs {[path for path, _ in found]}"

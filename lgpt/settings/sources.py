@@ -6,6 +6,7 @@ Every value keeps its place, so that an error can say where to mend it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import yaml
 from lgpt.core.errors import SettingsError
 
 KeyPath = tuple[str, ...]
+Raw = Union[None, str, tuple[str, ...]]  # of a plain value, or of a list of plain values
 
 CONFIGS_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ENVIRONMENT_PREFIX = "LGPT_"
@@ -34,6 +36,8 @@ class Place:
     text: str
     layer: int
     is_typed_text: bool = False  # from the environment or the command line, not from YAML
+    raw: Raw = None  # as it was typed, before YAML made 100000.0 of 1e5
+    folder: Optional[Path] = None  # of the file that says it
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Sources:
     problems: list[str] = field(default_factory=list)
     # Plain values that replaced a mapping, or were replaced by one: at most one of both was right.
     clashes: list[tuple[KeyPath, Any, Place]] = field(default_factory=list)
+    # Values that are no plain YAML; `problems` says why.
+    unreadable: list[KeyPath] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Optional[Place]:
         """Place of a value, of what holds it, or of the first thing in it; None for a default."""
@@ -110,18 +116,24 @@ class Sources:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1e-4 as a number and 2026-01-01 as text."""
+    """YAML with 1e-4 as a number; 2026-01-01, 010 and 10:00:00 are text (1.1 has 8 and 36000)."""
 
 
+_OWN_PATTERNS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)",
+    "tag:yaml.org,2002:float": r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in (*_OWN_PATTERNS, "tag:yaml.org,2002:timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+for _tag, _pattern in _OWN_PATTERNS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
 def read_sources(
@@ -145,8 +157,7 @@ def read_sources(
     for name in sorted(environ):
         if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(_NOT_SETTINGS):
             path = tuple(name[len(ENVIRONMENT_PREFIX) :].lower().split("__"))
-            place = Place(f"environment variable {name}", layer, is_typed_text=True)
-            _put_text(sources, path, environ[name], place)
+            _put_text(sources, path, environ[name], f"environment variable {name}", layer)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -155,44 +166,75 @@ def read_sources(
                 "for example training.max_steps=100."
             )
             continue
-        place = Place("command line", layer + 1, is_typed_text=True)
-        _put_text(sources, tuple(key.strip().lstrip("-").split(".")), value, place)
+        path = tuple(key.strip().lstrip("-").split("."))
+        _put_text(sources, path, value, "command line", layer + 1)
     return sources
 
 
-def _put_text(sources: Sources, path: KeyPath, text: str, place: Place) -> None:
+def _put_text(sources: Sources, path: KeyPath, text: str, origin: str, layer: int) -> None:
+    if path == ("extends",):
+        sources.problems.append(f"extends ({origin}): only a config file can say `extends`.")
+        return
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        sources.problems.append(f"{'.'.join(path)} = {text!r} ({place.text}): not YAML: {error}")
+    except (yaml.YAMLError, RecursionError) as error:
+        start = f"{'.'.join(path)} = {_cut(text)!r} ({origin})"
+        sources.problems.append(f"{start}: not YAML: {_why(error)}.")
+        sources.unreadable.append(path)
         return
-    if path == ("extends",):
-        sources.problems.append(f"extends ({place.text}): only a config file can say `extends`.")
+    if node is None:
+        sources.put(path, None, Place(origin, layer, is_typed_text=True))
         return
-    reader = _NodeReader(place.text)
-    value = None if node is None else reader.plain(node)
+    reader = _NodeReader(origin, is_one_line=True)
+    value = reader.plain(node, path)
     sources.problems.extend(reader.problems)
-    sources.put(path, value, place)
+    sources.unreadable.extend(reader.unreadable)
+    for inner, leaf in _leaves({path[-1]: value}, path[:-1]):
+        if inner not in reader.unreadable:
+            place = Place(origin, layer, is_typed_text=True, raw=reader.raws.get(inner))
+            sources.put(inner, leaf, place)
 
 
-def find_config(config: Union[str, Path]) -> Path:
-    """The file meant by a path, a run folder or a shipped name (with or without `.yaml`)."""
+def _why(error: Exception) -> str:
+    """What YAML did not like, in one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    words = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
+    return str(words).splitlines()[0]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def find_config(config: Union[str, Path], extended_by: Optional[Path] = None) -> Path:
+    """The file meant by a path, a run folder or a shipped name (with or without `.yaml`).
+
+    Args:
+        config: What was given.
+        extended_by: The file that says `extends: config`; it is never meant itself.
+    """
     path = Path(config)
-    if path.is_file():
-        return path
-    if (path / "config.yaml").is_file():
-        return path / "config.yaml"
+    for file in (path, path / "config.yaml"):
+        if _is_other_file(file, extended_by):
+            return file
     name = str(config).removeprefix("./").removeprefix(_SHIPPED_PREFIX)
     shipped = CONFIGS_FOLDER / (name if name.endswith(".yaml") else f"{name}.yaml")
-    if shipped.is_file() and not Path(name).is_absolute():
+    if _is_other_file(shipped, extended_by) and not Path(name).is_absolute():
         return _short(shipped)
-    names = shipped_configs()
+    # `base` is there to be extended, and no run.
+    names = [known for known in shipped_configs() if known != "base" or extended_by is not None]
     close = get_close_matches(name.removesuffix(".yaml"), names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise SettingsError(
-        f"no config file {str(config)!r}: {hint}it must be a YAML file, a run folder, "
+        f"no config file {_cut(str(config))!r}: {hint}it must be a YAML file, a run folder, "
         f"or one of the shipped configs {', '.join(names)}."
     )
+
+
+def _is_other_file(file: Path, than: Optional[Path]) -> bool:
+    # Unlike Path.is_file, isfile takes names that are too long or lie in unreadable folders.
+    return os.path.isfile(file) and (than is None or not os.path.samefile(file, than))
 
 
 def _short(file: Path) -> Path:
@@ -227,10 +269,9 @@ def _chain(file: Path) -> list[tuple[Path, yaml.MappingNode]]:
                 f"extends ({place}) must be one name: a file beside {file} or a shipped config."
             )
         beside = [file.parent / named.value, file.parent / f"{named.value}.yaml"]
+        others = [path for path in beside if _is_other_file(path, file)]
         try:
-            file = next((path for path in beside if path.is_file()), None) or find_config(
-                named.value
-            )
+            file = others[0] if others else find_config(named.value, extended_by=file)
         except SettingsError as error:
             raise SettingsError(f"extends = {named.value!r} ({place}): {error}") from None
 
@@ -240,9 +281,9 @@ def _mapping_of(file: Path) -> yaml.MappingNode:
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SettingsError(
-            f"{file}{line} is not YAML: {error.problem or error.context}."
-        ) from None
+        raise SettingsError(f"{file}{line} is not YAML: {_why(error)}.") from None
+    except RecursionError:
+        raise SettingsError(f"{file} is nested too deeply for settings.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{file} cannot be read: {error}") from None
     if node is None:
@@ -258,9 +299,12 @@ def _read_file(file: Path, mapping: yaml.MappingNode, layer: int, sources: Sourc
     tree = reader.plain(mapping)
     tree.pop("extends", None)
     sources.problems.extend(reader.problems)
+    sources.unreadable.extend(reader.unreadable)
     for path, value in _leaves(tree):
-        line = reader.lines.get(path)
-        sources.put(path, value, Place(name if line is None else f"{name}:{line}", layer))
+        if path not in reader.unreadable:
+            raw = reader.raws.get(path)
+            place = Place(f"{name}:{reader.lines[path]}", layer, raw=raw, folder=file.parent)
+            sources.put(path, value, place)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
@@ -275,41 +319,61 @@ def _leaves(tree: Mapping[str, Any], prefix: KeyPath = ()) -> list[tuple[KeyPath
 
 
 class _NodeReader:
-    """YAML nodes to plain values, noting lines; a key written twice is a problem."""
+    """YAML nodes to plain values, noting lines and what was typed; mistakes are problems.
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    Args:
+        origin: A file, or what a text came from.
+        is_one_line: It is such a text, and lines tell nothing.
+    """
+
+    def __init__(self, origin: str, is_one_line: bool = False) -> None:
+        self.origin, self.is_one_line = origin, is_one_line
         self.lines: dict[KeyPath, int] = {}
+        self.raws: dict[KeyPath, Raw] = {}
         self.problems: list[str] = []
+        self.unreadable: list[KeyPath] = []
         self._scalars = _Loader("")
 
     def plain(self, node: yaml.Node, path: KeyPath = ()) -> Any:
         if len(path) > _DEEPEST_NESTING:
-            raise SettingsError(f"{self.file}: {'.'.join(path)} is nested too deeply for settings.")
+            raise SettingsError(
+                f"{self.origin}: {'.'.join(path)} is nested too deeply for settings."
+            )
         self.lines[path] = node.start_mark.line + 1 if node.start_mark else 1
         if isinstance(node, yaml.MappingNode):
             return self._plain_mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
+            if all(isinstance(item, yaml.ScalarNode) for item in node.value):
+                self.raws[path] = tuple(item.value for item in node.value)
             return [self.plain(item, (*path, str(n))) for n, item in enumerate(node.value)]
+        self.raws[path] = node.value
         try:
             return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            line = self.lines[path]
-            self.problems.append(
-                f"{'.'.join(path)} ({self.file}:{line}): not a plain value: {error}"
-            )
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+            # PyYAML looks `!!bool maybe` up in a dict and takes `!!timestamp x` for a match.
+            start = f"{'.'.join(path)} = {_cut(node.value)} ({self._place(self.lines[path])})"
+            self.problems.append(f"{start} is not a plain value: {_why(error)}.")
+            self.unreadable.append(path)
             return None
+
+    def _place(self, line: int) -> str:
+        return self.origin if self.is_one_line else f"{self.origin}:{line}"
 
     def _plain_mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         first_lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key == "<<":
+                self.problems.append(
+                    f"{'.'.join((*path, key))} ({self._place(line)}): YAML's merge keys are not "
+                    "read; write the keys out, or put them into a file and name it in `extends`."
+                )
+                continue
             if key in mapping:
                 self.problems.append(
-                    f"{'.'.join((*path, key))} is written twice ({self.file}:{first_lines[key]} "
-                    "and "
-                    f":{line}); keep one."
+                    f"{'.'.join((*path, key))} is written twice "
+                    f"({self._place(first_lines[key])} and :{line}); keep one."
                 )
                 continue
             first_lines[key] = line

@@ -61,6 +61,35 @@ def test_text_on_the_command_line_needs_no_quotes(tmp_path):
     assert load_run_settings(path, ["data.source=true", "data.dataset=folder"], {}).data.source
 
 
+TYPED = ["1e5", "007", "yes", "12:30", "1.50", "1_000", "0x10", "2026", "null_", ".5", "off"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_text_and_paths_are_what_was_typed_wherever_it_was(text, tmp_path):
+    path = write(tmp_path, "a.yaml", f"{PHASE2}runs_folder: {text}\ndata: {{source: {text}}}\n")
+    environ = {"LGPT_TRACKING__EXPERIMENT": text}
+    run = load_run_settings(path, ["data.dataset=folder"], environ)
+    assert run.runs_folder == Path(text)
+    assert (run.data.source, run.tracking.experiment) == (text, text)
+    if text[0].isalnum() and ":" not in text:
+        assert load_run_settings(path, [f"name={text}", "data.dataset=folder"], {}).name == text
+    assert load_run_settings(write(tmp_path, "b.yaml", dump_run_settings(run)), environ={}) == run
+
+
+def test_prompts_are_what_was_typed():
+    run = load_run_settings("phase3_500m", ["sampling.prompts=[007, yes, 1e5, a cat]"], {})
+    assert run.sampling.prompts == ("007", "yes", "1e5", "a cat")
+
+
+def test_whole_numbers_are_read_as_people_write_them(tmp_path):
+    path = write(tmp_path, "a.yaml", PHASE2)
+    assert load_run_settings(path, ["training.max_steps=010000"], {}).training.max_steps == 10_000
+    (problem,) = problems_of(path, "training.max_steps=10:00:00")
+    assert problem == 'training.max_steps = "10:00:00" (command line) must be a whole number.'
+    (problem,) = problems_of(path, "training.max_minutes=1:30.5")
+    assert 'training.max_minutes = "1:30.5" (command line) must be a number.' in problem
+
+
 def test_an_empty_section_is_the_default_one(tmp_path):
     path = write(tmp_path, "a.yaml", PHASE2 + "data:\nbatch: {}\n")
     assert load_run_settings(path, environ={}).batch.global_batch_images == 256
@@ -105,6 +134,41 @@ def test_a_missing_config_names_the_nearest(tmp_path):
         load_run_settings(path, environ={})
 
 
+def test_base_is_no_run():
+    with pytest.raises(SettingsError) as caught:
+        load_run_settings("bas", environ={})
+    assert "configs demo/" in str(caught.value)
+    assert "base" not in str(caught.value)
+
+
+def test_a_file_may_be_called_like_the_shipped_one_it_extends(tmp_path, monkeypatch):
+    path = write(tmp_path, "phase3_500m.yaml", "extends: phase3_500m\nname: mine\n")
+    assert load_run_settings(path, environ={}).data.crops == 10
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "phase3_500m.yaml", "extends: phase3_500m.yaml\nname: mine\n")
+    assert load_run_settings("phase3_500m.yaml", environ={}).data.crops == 10
+    write(tmp_path, "own.yaml", "extends: own.yaml\n")
+    with pytest.raises(SettingsError, match=r"own\.yaml:1\): no config file 'own\.yaml'"):
+        load_run_settings("own.yaml", environ={})
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x" * 300 + "/config.yaml"])
+def test_names_that_no_file_can_have_are_refused(name, tmp_path):
+    with pytest.raises(SettingsError, match="no config file"):
+        load_run_settings(name, environ={})
+    with pytest.raises(SettingsError, match="no config file"):
+        load_run_settings(write(tmp_path, "a.yaml", f'extends: "{name}"\n'.replace("\0", "\\0")))
+
+
+def test_yaml_without_end_is_refused(tmp_path):
+    deep = "[" * 20_000
+    with pytest.raises(SettingsError, match=r"a\.yaml is nested too deeply"):
+        load_run_settings(write(tmp_path, "a.yaml", f"name: {deep}"), environ={})
+    (problem,) = problems_of(write(tmp_path, "a.yaml", PHASE2), f"seed={deep}")
+    assert problem.endswith("(command line): not YAML: nested too deeply.")
+    assert len(problem) < 200
+
+
 def test_extends_in_a_circle_is_refused(tmp_path):
     a = write(tmp_path, "a.yaml", "extends: b.yaml\n")
     write(tmp_path, "b.yaml", "extends: a.yaml\n")
@@ -116,6 +180,13 @@ def test_a_key_written_twice_is_refused(tmp_path):
     path = write(tmp_path, "a.yaml", PHASE2 + "data:\n  resolution: 64\n  resolution: 128\n")
     (problem,) = problems_of(path)
     assert f"data.resolution is written twice ({path}:6 and :7)" in problem
+
+
+def test_merge_keys_are_refused(tmp_path):
+    text = PHASE2 + "data: &a\n  workers: 1\nbatch:\n  <<: *a\n"
+    (problem,) = problems_of(write(tmp_path, "a.yaml", text))
+    assert "batch.<<" in problem
+    assert "a.yaml:8): YAML's merge keys are not read; write the keys out" in problem
 
 
 def test_broken_yaml_names_the_line(tmp_path):
