@@ -40,6 +40,7 @@ _TEXT_ENCODER = typer.Option(
     None, help="hub name or folder of a CLIP model: short for text.encoder=..."
 )
 _RANKS = typer.Option(1, help="ranks that the DeepSpeed config is resolved for", min=1)
+_LARGEST_SEED = 2**62  # as in run configs
 _JSON = typer.Option(False, "--json", help="also print one JSON object on the last line")
 
 
@@ -152,7 +153,9 @@ def sample(
     temperature: Optional[float] = typer.Option(None),
     top_k: Optional[int] = typer.Option(None),
     top_p: Optional[float] = typer.Option(None),
-    seed: int = typer.Option(0, help="the same prompt and seed give the same picture"),
+    seed: int = typer.Option(
+        0, min=0, max=_LARGEST_SEED, help="the same prompt and seed give the same picture"
+    ),
 ) -> None:
     """Draw pictures from prompts."""
     from lgpt.sampling.pipeline import draw_to_file, prompts_from
@@ -179,7 +182,7 @@ def evaluate(
         256, min=1, help="prompts of held-out combinations of the shapes dataset"
     ),
     guidance: Optional[float] = typer.Option(None, help="guidance scale; default: the model's"),
-    seed: int = typer.Option(0),
+    seed: int = typer.Option(0, min=0, max=_LARGEST_SEED),
     as_json: bool = _JSON,
 ) -> None:
     """Measure how often pictures show what their prompts say (models trained on shapes).

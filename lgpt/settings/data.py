@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 from pydantic import Field
 
-from lgpt.settings.section import Section
+from lgpt.settings.section import NameOrPath, Section, Seed
 
 
 class ShapesSettings(Section):
@@ -23,7 +23,7 @@ class DataSettings(Section):
     """One schema for every dataset: image, captions, split, id."""
 
     dataset: Literal["flickr30k", "shapes", "openmoji", "folder"] = "flickr30k"
-    source: Optional[str] = Field(
+    source: Optional[NameOrPath] = Field(
         None,
         description="flickr30k: hub name, save_to_disk folder or folder of parquet files "
         "(default nlphuji/flickr30k); folder: your pictures; unused by shapes and openmoji",
@@ -38,5 +38,5 @@ class DataSettings(Section):
         100, ge=0, description="corrupt or missing images to skip before it is an error"
     )
     workers: int = Field(2, ge=0, description="threads that load and cut images, per rank")
-    seed: int = Field(0, ge=0, description="seed of drawn scenes and of crops")
+    seed: Seed = Field(0, description="seed of drawn scenes and of crops")
     shapes: ShapesSettings = ShapesSettings()

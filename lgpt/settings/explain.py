@@ -228,12 +228,15 @@ def _rule(kind: str, limits: Mapping[str, Any], value: Any, message: str) -> str
         "multiple_of": "must be a multiple of {multiple_of}.",
         "string_pattern_mismatch": "must match {pattern} (letters, digits, '.', '_' and '-').",
         "string_too_short": "must not be empty.",
+        "string_too_long": "must have at most {max_length} characters.",
         "too_short": "must have at least {min_length} entries.",
         "finite_number": "must be a finite number.",
         "string_type": 'must be text; put it in quotes ("...").',
         "path_type": "must be a path.",
         "tuple_type": "must be a list, for example [a, b].",
     }
+    if kind == "value_error":  # of a validator of ours
+        return message.removeprefix("Value error, ") + "."
     if kind in rules:
         return rules[kind].format(**limits)
     if kind.startswith("int"):

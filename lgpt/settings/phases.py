@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Optional, Union
 from pydantic import Field
 
 from lgpt.settings.data import DataSettings
-from lgpt.settings.section import Section
+from lgpt.settings.section import FolderOrFile, NameOrPath, Section, Seed
 from lgpt.settings.text import TextSettings
 from lgpt.settings.training import (
     BatchSettings,
@@ -32,9 +32,9 @@ class _PhaseBase(Section):
     experiment: ClassVar[str]
     default_deepspeed: ClassVar[str]
 
-    name: str = Field(..., min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs_folder: Path = Path("runs")
-    seed: int = Field(0, ge=0)
+    name: str = Field(..., min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_folder: FolderOrFile = Path("runs")
+    seed: Seed = 0
     data: DataSettings = DataSettings()
     batch: BatchSettings = BatchSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -42,7 +42,7 @@ class _PhaseBase(Section):
     training: TrainingSettings
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
-    deepspeed: Optional[str] = Field(
+    deepspeed: Optional[NameOrPath] = Field(
         None, description="a name in ds_configs or a JSON file; default: the phase's own"
     )
 
@@ -63,7 +63,7 @@ class _TransformerPhase(_PhaseBase):
     conditioning: Literal["text_conditional", "unconditional"] = "text_conditional"
     vqvae: VqvaeSourceSettings = VqvaeSourceSettings()
     text: TextSettings = TextSettings()
-    latent_cache: Optional[Path] = Field(
+    latent_cache: Optional[FolderOrFile] = Field(
         None,
         description="folder written by `lgpt prepare`; without it images are encoded on the fly",
     )

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from lgpt.settings.section import Section
+from lgpt.settings.section import NameOrPath, Section
 
 
 class TextSettings(Section):
     """Which CLIP text tower reads the captions, and how its output is kept."""
 
-    encoder: str = Field(
+    encoder: NameOrPath = Field(
         "openai/clip-vit-base-patch32",
         description="hub name or folder of a CLIP model, or 'random': a small frozen CLIP made "
         "locally with a fixed seed from the captions' own words",

@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 from pydantic import Field
 
-from lgpt.settings.section import Section
+from lgpt.settings.section import Section, Text
 
 
 class BatchSettings(Section):
@@ -63,11 +63,11 @@ class TrackingSettings(Section):
     """Where MLflow listens. metrics.jsonl in the run folder is written whatever this says."""
 
     enabled: bool = True
-    uri: Optional[str] = Field(
+    uri: Optional[Text] = Field(
         None,
         description="default: the MLFLOW_TRACKING_URI variable, else <runs_folder>/mlflow.db",
     )
-    experiment: Optional[str] = Field(None, description="default: the phase's own experiment")
+    experiment: Optional[Text] = Field(None, description="default: the phase's own experiment")
 
 
 class SamplingSettings(Section):

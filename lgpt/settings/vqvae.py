@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 from pydantic import Field
 
-from lgpt.settings.section import Section
+from lgpt.settings.section import NameOrPath, Section
 
 
 class VqvaeSettings(Section):
@@ -53,7 +53,7 @@ class VqvaeSourceSettings(Section):
     """A trained VQ-VAE, and who made it."""
 
     source: Literal["pretrained_hf", "pretrained_taming", "custom"] = "pretrained_hf"
-    checkpoint: str = Field(
+    checkpoint: NameOrPath = Field(
         "dalle-mini/vqgan_imagenet_f16_16384",
         description="hub name, folder or file; for custom a model folder or a phase 2 run folder",
     )
@@ -65,7 +65,7 @@ class VqvaeSourceSettings(Section):
     downsample_factor: Optional[int] = Field(
         None, ge=1, description="pixels a side of one token; as codebook_size"
     )
-    ddconfig: Optional[str] = Field(
+    ddconfig: Optional[NameOrPath] = Field(
         None, description="the model.yaml of a taming .ckpt, when it does not lie beside it"
     )
     input_range: Literal["-1..1", "0..1"] = Field(

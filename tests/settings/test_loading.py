@@ -76,6 +76,14 @@ def test_text_and_paths_are_what_was_typed_wherever_it_was(text, tmp_path):
     assert load_run_settings(write(tmp_path, "b.yaml", dump_run_settings(run)), environ={}) == run
 
 
+def test_paths_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["latent_cache=~/lc", "vqvae.checkpoint=~/v", "runs_folder=~/runs", "text.encoder=~/c"]
+    run = load_run_settings("phase3_500m", words, {})
+    assert (run.latent_cache, run.runs_folder) == (Path("/home/me/lc"), Path("/home/me/runs"))
+    assert (run.vqvae.checkpoint, run.text.encoder) == ("/home/me/v", "/home/me/c")
+
+
 def test_prompts_are_what_was_typed():
     run = load_run_settings("phase3_500m", ["sampling.prompts=[007, yes, 1e5, a cat]"], {})
     assert run.sampling.prompts == ("007", "yes", "1e5", "a cat")

@@ -107,6 +107,16 @@ def test_ten_mistakes_are_all_printed_before_torch_is_imported(tmp_path):
         ("seed=1.5", "seed = 1.5 (command line) must be a whole number."),
         ("seed=-1", "seed = -1 (command line) must be at least 0."),
         ("seed=9" + "9" * 5000, "seed = 9999"),
+        ("seed=0x" + "f" * 9000, "seed = a number of thousands of digits (command line) must be"),
+        ("seed=99999999999999999999999", "must be at most 4611686018427387904."),
+        ("data.seed=-1", "must be at least 0."),
+        ("name=" + "x" * 201, "must have at most 200 characters."),
+        ("runs_folder=''", 'runs_folder = "" (command line) must not be empty.'),
+        ("data.source=''", "must not be empty."),
+        ("deepspeed=''", "must not be empty."),
+        ("tracking.experiment=''", "must not be empty."),
+        ("tracking.uri=''", "must not be empty."),
+        ("runs_folder=[a]", 'runs_folder = ["a"] (command line) must be a path.'),
         ("training.max_steps=" + "9" * 5000, "99... (command line) is not a plain value: Exceeds"),
         ("seed=!!bool maybe", "seed = maybe (command line) is not a plain value: 'maybe'."),
         ("vqvae.ch_mult=[true,2]", "vqvae.ch_mult[0] = true (command line) must be a number, not"),
@@ -146,6 +156,14 @@ def test_one_mistake_is_told_with_value_place_and_way_out(override, text, tmp_pa
     problems = problems_of(VQVAE, tmp_path, override)
     assert len(problems) == 1, problems
     assert text in problems[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["latent_cache", "vqvae.checkpoint", "vqvae.ddconfig", "text.encoder"]
+)
+def test_paths_of_a_transformer_run_are_not_empty(name, tmp_path):
+    (problem,) = problems_of(TRANSFORMER, tmp_path, f"{name}=''")
+    assert problem == f'{name} = "" (command line) must not be empty.'
 
 
 def test_variables_with_one_underscore_are_refused(tmp_path):
