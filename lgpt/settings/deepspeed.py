@@ -9,7 +9,7 @@ else without a word; this module refuses both, with everything else that is wron
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Optional
@@ -21,6 +21,12 @@ from lgpt.settings.deepspeed_file import load_deepspeed_json
 from lgpt.settings.explain import located, shown
 from lgpt.settings.phases import Phase2, RunSettings
 from lgpt.settings.sources import KeyPath, Sources
+
+# Settings that own values of the JSON, or must go with them.
+_DEEPSPEED: KeyPath = ("deepspeed",)
+_GLOBAL: KeyPath = ("batch", "global_batch_images")
+_MICRO: KeyPath = ("batch", "micro_batch_images")
+_PRECISION: KeyPath = ("training", "precision")
 
 _SHORT_DTYPES = {
     "float32": "fp32",
@@ -43,10 +49,11 @@ _NVME_ONLY = (
 
 @dataclass(frozen=True)
 class _Owned:
-    """A DeepSpeed value that the run config decides."""
+    """A DeepSpeed value that the run config decides, with the settings it comes from."""
 
     value: Any
     origin: str
+    owners: tuple[KeyPath, ...]
 
 
 def resolve_deepspeed_config(
@@ -78,10 +85,9 @@ def deepspeed_problems(
     try:
         return _resolve(run, world_size, None, sources)[1]
     except SettingsError as error:
-        path: KeyPath = ("deepspeed",)
-        named = sources is not None and sources.place(path) is not None
-        start = f"{located(path, sources)}: " if named and sources is not None else ""
-        found: list[Problem] = [([path], start + problem) for problem in error.problems]
+        named = sources is not None and sources.place(_DEEPSPEED) is not None
+        start = f"{located(_DEEPSPEED, sources)}: " if named and sources is not None else ""
+        found: list[Problem] = [([_DEEPSPEED], start + problem) for problem in error.problems]
         return _batch_problems(run, world_size, sources) + found
 
 
@@ -100,28 +106,33 @@ def _resolve(
     owned = _owned_values(run, world_size)
     defaults = _fillable_values(run)
     fillable = frozenset([*owned, *defaults])
-    ours: list[KeyPath] = [("deepspeed",)]
+    reported: list[KeyPath] = []
 
-    def report(path: KeyPath, rest: str) -> None:
+    def report(path: KeyPath, rest: str, owners: Sequence[KeyPath] = ()) -> None:
+        if path in reported:
+            return
+        reported.append(path)
         value = _get(config, path)
         is_leaf = not isinstance(value, (dict, list)) and value is not None
         start = f"{'.'.join(path)} = {shown(value)}" if is_leaf else ".".join(path)
-        problems.append((ours, f"{start} ({name}) {rest}"))
+        problems.append(([_DEEPSPEED, *owners], f"{start} ({name}) {rest}"))
 
-    if zero is None or (isinstance(zero, dict) and "stage" not in zero):
+    if "zero_optimization" not in config or (isinstance(zero, dict) and "stage" not in zero):
         text = f"zero_optimization.stage ({name}) is missing, so DeepSpeed would not use ZeRO"
-        problems.append((ours, f"{text}; write 0, 1, 2 or 3."))
+        problems.append(([_DEEPSPEED], f"{text}; write 1, 2 or 3."))
     for path, rest in misfits(config, fillable, stage, _installed_version()):
         report(path, rest)
     for path, decided in owned.items():
         value = _get(config, path, AUTO)
         if value != AUTO and _is_scalar(value) and value != decided.value:
-            report(path, f'contradicts {decided.origin}; write "auto".')
-    for path, rest in _combinations(config, run, stage):
+            report(path, f'contradicts {decided.origin}; write "auto".', decided.owners)
+    for path, rest in _precision_combinations(config, run, stage):
+        report(path, rest, [_PRECISION])
+    for path, rest in _offload_combinations(config, stage):
         report(path, rest)
     if not problems:
         _fill(config, {path: decided.value for path, decided in owned.items()}, defaults)
-        _settle_precision(config, run, stage)
+        _settle_precision(config, run)
         _settle_offload(config)
         _write_whole_numbers(config)
     return config, problems
@@ -142,15 +153,14 @@ def _batch_problems(run: RunSettings, world_size: int, sources: Optional[Sources
         return []
     lower = batch.global_batch_images // images_per_micro_step * images_per_micro_step
     higher = lower + images_per_micro_step
-    path = ("batch", "global_batch_images")
-    place = sources.place(path) if sources else None
+    place = sources.place(_GLOBAL) if sources else None
     text = (
         f"batch.global_batch_images ({batch.global_batch_images}"
         f"{', ' + place.text if place else ''}) must be a multiple of "
         f"micro_batch_images x world_size ({batch.micro_batch_images} x {world_size} = "
         f"{images_per_micro_step}); set it to {f'{lower} or ' if lower else ''}{higher}."
     )
-    return [([path, ("batch", "micro_batch_images")], text)]
+    return [([_GLOBAL, _MICRO], text)]
 
 
 def _owned_values(run: RunSettings, world_size: int) -> dict[KeyPath, _Owned]:
@@ -162,11 +172,19 @@ def _owned_values(run: RunSettings, world_size: int) -> dict[KeyPath, _Owned]:
         f"batch.global_batch_images / (micro_batch_images x {world_size} ranks) = {steps}"
     )
     return {
-        ("train_batch_size",): _Owned(images, f"batch.global_batch_images = {images}"),
-        ("train_micro_batch_size_per_gpu",): _Owned(micro, f"batch.micro_batch_images = {micro}"),
-        ("gradient_accumulation_steps",): _Owned(steps, accumulation),
-        ("gradient_clipping",): _Owned(clipping, f"optimizer.gradient_clipping = {clipping}"),
-        ("bf16", "enabled"): _Owned(precision == "bf16", f"training.precision = {precision}"),
+        ("train_batch_size",): _Owned(images, f"batch.global_batch_images = {images}", (_GLOBAL,)),
+        ("train_micro_batch_size_per_gpu",): _Owned(
+            micro, f"batch.micro_batch_images = {micro}", (_MICRO,)
+        ),
+        ("gradient_accumulation_steps",): _Owned(steps, accumulation, (_GLOBAL, _MICRO)),
+        ("gradient_clipping",): _Owned(
+            clipping,
+            f"optimizer.gradient_clipping = {clipping}",
+            (("optimizer", "gradient_clipping"),),
+        ),
+        ("bf16", "enabled"): _Owned(
+            precision == "bf16", f"training.precision = {precision}", (_PRECISION,)
+        ),
     }
 
 
@@ -195,10 +213,10 @@ def _fillable_values(run: RunSettings) -> dict[KeyPath, Any]:
     return values
 
 
-def _combinations(
+def _precision_combinations(
     config: Mapping[str, Any], run: RunSettings, stage: Optional[int]
 ) -> list[tuple[KeyPath, str]]:
-    """Values that are fine alone."""
+    """Values that are fine alone, but not with training.precision."""
     found: list[tuple[KeyPath, str]] = []
     precision = run.training.precision
     for name in ("grad_accum_dtype", "param_dtype"):
@@ -216,11 +234,13 @@ def _combinations(
     if isinstance(dtype, str) and dtype not in ("fp32", precision):
         text = f"contradicts training.precision = {precision}; remove it."
         found.append((("communication_data_type",), text))
-    dtype = _get(config, ("data_types", "grad_accum_dtype"))
-    if stage == 0 and precision == "bf16" and dtype in ("fp32", "float32", "float"):
-        text = "is not possible at ZeRO stage 0 with bf16; use stage 1 or remove it."
-        found.append((("data_types", "grad_accum_dtype"), text))
-    return found + _offload_combinations(config, stage)
+    if stage == 1 and precision == "bf16":
+        text = (
+            "does not go with training.precision = bf16: DeepSpeed then saves its BF16_Optimizer, "
+            "which lgpt cannot convert; write 2 or 3, or set training.precision to fp32."
+        )
+        found.append((("zero_optimization", "stage"), text))
+    return found
 
 
 def _offload_combinations(
@@ -265,13 +285,11 @@ def _fill(
             _set(config, path, value)
 
 
-def _settle_precision(config: dict[str, Any], run: RunSettings, stage: Optional[int]) -> None:
+def _settle_precision(config: dict[str, Any], run: RunSettings) -> None:
     """Gradients accumulate in float32; DeepSpeed's default is bf16, whose sums lose bits."""
-    if run.training.precision == "bf16" and stage:
-        if _get(config, ("data_types", "grad_accum_dtype")) is None:
-            _set(config, ("data_types", "grad_accum_dtype"), "fp32")
-    elif run.training.precision == "bf16":
-        config.get("data_types", {}).pop("grad_accum_dtype", None)  # stage 0 has no float32 sums
+    path = ("data_types", "grad_accum_dtype")
+    if run.training.precision == "bf16" and _get(config, path) is None:
+        _set(config, path, "fp32")
 
 
 def _settle_offload(config: dict[str, Any]) -> None:
@@ -293,7 +311,7 @@ def _write_whole_numbers(config: dict[str, Any]) -> None:
 
 def _stage_of(zero: Any) -> Optional[int]:
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    return stage if stage in (0, 1, 2, 3) and not isinstance(stage, bool) else None
+    return stage if stage in (1, 2, 3) and not isinstance(stage, bool) else None
 
 
 def _is_scalar(value: Any) -> bool:

@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Optional
 
-from lgpt.settings.deepspeed_schema import BLOCK_STAGES, NOT_IN_0_18, TREE, Key, Tree
+from lgpt.settings.deepspeed_schema import (
+    BLOCK_STAGES,
+    NOT_IN_0_18,
+    STAGE3_ALIASES,
+    TREE,
+    Key,
+    Tree,
+)
 from lgpt.settings.explain import shown
 from lgpt.settings.sources import KeyPath
 
@@ -27,6 +34,18 @@ def misfits(
     Yields:
         The path, and the rest of a sentence that begins with the path and its value.
     """
+    reported: list[KeyPath] = []
+    for path, text in _misfits_of_keys(config, fillable, stage, version):
+        reported.append(path)
+        yield path, text
+    for path, text in [*_written_twice(config), *_switched_off(config)]:
+        if not any(other[: len(path)] == path for other in reported):
+            yield path, text
+
+
+def _misfits_of_keys(
+    config: Mapping[str, Any], fillable: frozenset[KeyPath], stage: Optional[int], version: str
+) -> Iterator[tuple[KeyPath, str]]:
     for path, value, node in _walk(config, TREE, ()):
         if node is None:
             yield path, _unknown(path)
@@ -41,6 +60,30 @@ def misfits(
             yield path, text
         elif stage is not None and stage not in node.stages:
             yield path, _stage_rule(node.stages, stage)
+
+
+def _written_twice(config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
+    for name in STAGE3_ALIASES:
+        if name in zero and f"stage3_{name}" in zero:
+            yield ("zero_optimization", name), f"is written twice, also as stage3_{name}; keep one."
+
+
+def _switched_off(config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Blocks of which nothing is read, because their `enabled` is false or absent."""
+    for name, block in config.items():
+        keys = TREE.get(name)
+        if not isinstance(keys, Mapping) or "enabled" not in keys or not isinstance(block, dict):
+            continue
+        if name == "bf16" or block.get("enabled", False) is not False:
+            continue  # bf16: the run config decides
+        if idle := [key for key in block if key != "enabled"]:
+            can_be_on = keys["enabled"].idle is None
+            way_out = ' or write "enabled": true' if can_be_on else ""
+            text = f"is off, so nothing reads {', '.join(idle)} in it; remove the block{way_out}."
+            yield (name,), text
 
 
 def _walk(
@@ -95,16 +138,16 @@ def _value_rule(path: KeyPath, value: Any, key: Key, fillable: frozenset[KeyPath
     """The sentence's rest when a value is wrong, else ""."""
     if key.refused and not _has_idle(key):
         return f"is refused: {key.refused}"
+    if value is None and key.nullable:
+        return ""
+    if key.refused and (not _has_kind(value, key.kind) or value != key.idle):
+        return f"must be {shown(key.idle)} or absent: {key.refused}"
     if value == AUTO:
         if path in fillable or key.is_auto:
             return ""
         return f"is left over: nothing fills it here; write {_allowed(key)}."
-    if value is None and key.nullable:
-        return ""
     if not _has_kind(value, key.kind):
         return f"must be {_allowed(key)}."
-    if key.refused and value != key.idle:
-        return f"must be {shown(key.idle)} or absent: {key.refused}"
     return _limit_rule(value, key)
 
 
@@ -117,8 +160,10 @@ def _has_kind(value: Any, kind: str) -> bool:
         return isinstance(value, bool)
     if kind in ("int", "float"):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and (kind == "float" or float(value).is_integer())
-    types: dict[str, type] = {"text": str, "list": list, "block": dict}
+        return is_number and (kind == "float" or isinstance(value, int) or value.is_integer())
+    if kind == "list":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    types: dict[str, type] = {"text": str, "block": dict}
     return isinstance(value, types[kind])
 
 
@@ -126,7 +171,7 @@ def _limit_rule(value: Any, key: Key) -> str:
     is_low = key.low is not None and value < key.low
     is_low = is_low or (key.above is not None and value <= key.above)
     if is_low or (key.high is not None and value > key.high):
-        return f"must be {_allowed(key)}."
+        return f"must be {_allowed(key)}{f': {key.note}' if key.note else ''}."
     if key.choices and value not in key.choices:
         close = get_close_matches(str(value), [str(choice) for choice in key.choices], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""

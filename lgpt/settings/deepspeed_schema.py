@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
-ALL_STAGES = (0, 1, 2, 3)
+ALL_STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Key:
         stages: ZeRO stages at which something reads the key.
         refused: Why lgpt does not take the key whatever its value, and the way out.
         idle: The only value that is taken, because lgpt does not use what the key switches on;
-            `refused`
-            then says why other values are not.
+            `refused` then says why other values are not.
         is_auto: "auto" is DeepSpeed's own word here, not a placeholder.
+        note: Why numbers beyond a limit are not taken, when that is no limit of DeepSpeed's.
     """
 
     kind: str
@@ -46,6 +46,7 @@ class Key:
     refused: str = ""
     idle: Any = None
     is_auto: bool = False
+    note: str = ""
 
 
 Tree = Mapping[str, Any]  # of Keys and of further Trees
@@ -124,9 +125,9 @@ STAGE3_ALIASES: Mapping[str, Key] = {
     "allgather_sequential": _at(_FLAG, 3),
 }
 _ZERO: Tree = {
-    "stage": Key("int", low=0, high=3),
-    "contiguous_gradients": _at(_FLAG, 1, 2, 3),
-    "reduce_scatter": _at(_FLAG, 1, 2, 3),
+    "stage": Key("int", low=1, high=3, note="without ZeRO there are no shards to convert"),
+    "contiguous_gradients": _FLAG,
+    "reduce_scatter": _FLAG,
     "reduce_bucket_size": Key("int", above=0),
     "use_multi_rank_bucket_allreduce": _at(_FLAG, 1, 2),
     "allgather_partitions": Key(
@@ -136,11 +137,11 @@ _ZERO: Tree = {
         stages=(1, 2),
     ),
     "allgather_bucket_size": _at(_COUNT, 1, 2),
-    "overlap_comm": Key("bool", nullable=True, stages=(1, 2, 3)),
+    "overlap_comm": Key("bool", nullable=True),
     "compute_grad_norm": Key(
         "bool", idle=True, refused="lgpt logs the gradient norm of every step; remove it."
     ),
-    "load_from_fp32_weights": _at(_FLAG, 1, 2, 3),
+    "load_from_fp32_weights": _FLAG,
     "elastic_checkpoint": _off("DeepSpeed has replaced it by universal checkpoints; remove it."),
     "offload_param": _OFFLOAD_PARAM,
     "offload_optimizer": _OFFLOAD_OPTIMIZER,
@@ -174,6 +175,7 @@ _ZERO: Tree = {
     "leaf_module": {"classes": _LIST, "names": _LIST, "name_suffixes": _LIST},
 }
 _MASTER = "lgpt keeps float32 master weights; remove it."
+_BUFFERS = "the VQ-VAE's quantizer counts in float32 buffers; remove it."
 _PRECISION = "training.precision of the run config decides bf16 or fp32; remove it."
 _BF16: Tree = {
     "enabled": _FLAG,
@@ -291,7 +293,7 @@ TREE: Tree = {
     "data_types": {
         "grad_accum_dtype": _DTYPE,
         "param_dtype": _DTYPE,
-        "buffer_dtype": _DTYPE,
+        "buffer_dtype": Key("text", nullable=True, idle="fp32", refused=_BUFFERS),
         "keep_in_fp32_modules": Key("list", is_auto=True),
     },
     "activation_checkpointing": {
@@ -368,7 +370,6 @@ TREE: Tree = {
 # Blocks inside zero_optimization that nothing reads at other stages.
 BLOCK_STAGES: Mapping[str, tuple[int, ...]] = {
     "offload_param": (3,),
-    "offload_optimizer": (1, 2, 3),
     "leaf_module": (3,),
 }
 # 0.18.0 refuses these inside pydantic blocks and ignores them silently elsewhere.

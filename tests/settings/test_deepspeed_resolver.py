@@ -73,10 +73,18 @@ def test_the_run_config_owns_precision():
     assert "write fp32" in problems[0]
 
 
-def test_bf16_without_zero_cannot_sum_gradients_in_float32():
-    assert "data_types" not in resolve_deepspeed_config(RUN, 8, zero(0))
-    (problem,) = problems_of({**zero(0), "data_types": {"grad_accum_dtype": "fp32"}})
-    assert "not possible at ZeRO stage 0" in problem
+def test_what_could_not_be_converted_is_not_trained():
+    (problem,) = problems_of(zero(0))
+    assert problem == (
+        "zero_optimization.stage = 0 (zero3_bf16) must be a whole number from 1 to 3: without ZeRO "
+        "there are no shards to convert."
+    )
+    (problem,) = problems_of(zero(1))
+    assert problem.startswith(
+        "zero_optimization.stage = 1 (zero3_bf16) does not go with training.precision = bf16: "
+    )
+    assert "BF16_Optimizer" in problem
+    assert resolve_deepspeed_config(FP32_RUN, 8, zero(1))["zero_optimization"]["stage"] == 1
 
 
 def test_cpu_offload_takes_the_torch_optimizer():
@@ -113,7 +121,22 @@ def test_indivisible_batch_names_all_numbers_and_the_fix():
         (zero(2, stage3_prefetch_bucket_size=1), "has no effect at ZeRO stage 2, only at 3"),
         (zero(2, prefetch_bucket_size=1), "has no effect at ZeRO stage 2, only at 3"),
         (zero(2, offload_param={"device": "cpu"}), "has no effect at ZeRO stage 2, only at 3"),
-        (zero(0, offload_optimizer={"device": "cpu"}), "stage 0, only at 1 or 2 or 3"),
+        (zero(0, offload_optimizer={"device": "cpu"}), "zero_optimization.stage = 0"),
+        (zero(3, prefetch_bucket_size=1, stage3_prefetch_bucket_size=2), "also as stage3_prefetch"),
+        (zero(3, leaf_module={"classes": [1, 2]}), "must be a list of texts"),
+        (zero(2, reduce_bucket_size=-(10**400)), "must be a whole number above 0"),
+        ({"zero_optimization": None}, "zero_optimization (zero3_bf16) must be a block"),
+        ({**zero(2), "data_types": {"buffer_dtype": "bf16"}}, 'must be "fp32" or absent: the VQ'),
+        ({**zero(2), "data_types": {"grad_accum_dtype": "float99"}}, "must be one of fp32"),
+        ({**zero(2), "communication_data_type": "bfloat16"}, "Did you mean bf16?"),
+        ({**zero(2), "gradient_clipping": -1}, "must be a number of at least 0"),
+        ({**zero(2), "fp16": {"enabled": "auto"}}, "must be false or absent: training.precision"),
+        ({**zero(2), "fp16": {"enabled": 0}}, "must be false or absent: training.precision"),
+        ({**zero(2), "fp16": {"enabled": False, "hysteresis": 2}}, "nothing reads hysteresis in"),
+        (
+            {**zero(2), "tensorboard": {"job_name": "a"}},
+            'remove the block or write "enabled": true',
+        ),
         (zero(3, round_robin_gradients=True), "has no effect at ZeRO stage 3, only at 1 or 2"),
         (zero(2, cpu_offload=True), '"offload_optimizer": {"device": "cpu"}'),
         (zero(3, mics_shard_size=2), "removed from DeepSpeed"),
@@ -185,7 +208,7 @@ def test_keys_newer_than_the_installed_deepspeed_are_refused(monkeypatch):
 def test_json_files_are_read_strictly(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 2,\n "stage": 3}}')
-    with pytest.raises(SettingsError, match="'stage' is written twice"):
+    with pytest.raises(SettingsError, match=r"ds\.json: zero_optimization\.stage is written twice"):
         load_deepspeed_json(str(path))
     path.write_text('{\n "a": 1,\n}')
     with pytest.raises(SettingsError, match=r"ds\.json:[23] is not JSON"):
@@ -193,7 +216,15 @@ def test_json_files_are_read_strictly(tmp_path):
     path.write_text("[]")
     with pytest.raises(SettingsError, match="one JSON object"):
         load_deepspeed_json(str(path))
+    path.write_text('{"a": ' * 100_000)
+    with pytest.raises(SettingsError, match=r"ds\.json is nested too deeply"):
+        load_deepspeed_json(str(path))
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(SettingsError, match=r"ds\.json cannot be read: 'utf-8' codec"):
+        load_deepspeed_json(str(path))
     path.write_text(json.dumps(zero(1)))
     assert load_deepspeed_json(str(path)) == zero(1)
+    with pytest.raises(SettingsError, match="no DeepSpeed config 'xxx"):
+        load_deepspeed_json("x" * 300)
     with pytest.raises(SettingsError, match=r"did you mean zero2_bf16\? .*zero3_offload_bf16"):
         load_deepspeed_json("zero2_bf15")

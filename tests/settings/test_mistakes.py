@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -271,6 +272,15 @@ def test_a_setting_without_effect_is_an_error(base, overrides, tmp_path):
 def test_problems_of_broken_values_do_not_repeat_as_contradictions(tmp_path):
     (problem,) = problems_of(TRANSFORMER, tmp_path, "transformer.heads=x", "transformer.hidden=72")
     assert "whole number" in problem
+
+
+def test_values_that_nobody_wrote_contradict_no_deepspeed_config(tmp_path):
+    owned = {"train_micro_batch_size_per_gpu": 16, "gradient_clipping": 0.5}
+    ds_config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}, **owned}
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
+    words = ["batch.micro_batch_images=x", "optimizer.gradient_clipping=y", "training.precision=z"]
+    problems = problems_of(VQVAE, tmp_path, *words, f"deepspeed={tmp_path}/ds.json")
+    assert len(problems) == 3, problems
 
 
 def test_problems_of_the_deepspeed_config_stand_beside_those_of_the_run(tmp_path):
