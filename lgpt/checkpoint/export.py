@@ -106,7 +106,7 @@ def _step_folder(source: Path) -> Path:
 
 def _open(step_folder: Path) -> _Trained:
     manifest = read_manifest(step_folder)
-    run = load_run_settings(step_folder / "config.yaml", environ={}, world_size=manifest.world_size)
+    run = load_run_settings(step_folder / "config.yaml", environ={}, check_deepspeed=False)
     described = json.loads((step_folder / "model_config.json").read_text())
     return _Trained(step_folder, manifest, run, described)
 

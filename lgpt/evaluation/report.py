@@ -28,7 +28,7 @@ def run_report(run_folder: Path) -> dict[str, Any]:
     config = run_folder / "config.yaml"
     if not config.exists():
         raise DataError(f"{run_folder} is not a run folder: it has no config.yaml.")
-    run = load_run_settings(config, environ={})
+    run = load_run_settings(config, environ={}, check_deepspeed=False)
     loss_name = _MAIN_LOSS[run.phase]
     lines = read_metrics(run_folder)
     records = [dict(line.metrics) for line in lines]

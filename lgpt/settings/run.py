@@ -1,8 +1,8 @@
 """Load and dump the settings of a run: defaults <- YAML <- environment <- command line.
 
 Relative paths inside a config (runs_folder, data.source, latent_cache, ...) are relative to the
-folder in which the command is started, not to the config file; only `extends` looks beside the file
-first.
+folder in which the command is started, not to the config file; only `extends` and `deepspeed` look
+beside the file first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from lgpt.core.errors import SettingsError
 from lgpt.settings.checks import contradictions, settings_without_effect
 from lgpt.settings.deepspeed import deepspeed_problems
+from lgpt.settings.deepspeed_file import is_own_deepspeed_json
 from lgpt.settings.explain import (
     flags_where_numbers_belong,
     invalid_values,
@@ -33,6 +34,7 @@ from lgpt.settings.phases import Phase1, Phase2, Phase3, RunSettings
 from lgpt.settings.sources import KeyPath, Sources, find_config, read_sources
 
 _PHASES: dict[int, type[Union[Phase1, Phase2, Phase3]]] = {1: Phase1, 2: Phase2, 3: Phase3}
+_DEEPSPEED_COPY = "ds_source.json"
 # Stand-ins for required values that are missing or wrong, so that the other checks can still run.
 _STAND_INS: dict[KeyPath, Any] = {("name",): "unnamed", ("training", "max_steps"): 10**9}
 
@@ -42,6 +44,7 @@ def load_run_settings(
     overrides: Sequence[str] = (),
     environ: Optional[Mapping[str, str]] = None,
     world_size: int = 1,
+    check_deepspeed: bool = True,
 ) -> RunSettings:
     """Read a run config and refuse it with every mistake in one message.
 
@@ -51,6 +54,8 @@ def load_run_settings(
         overrides: `section.key=value` texts; values are YAML.
         environ: Where `LGPT_SECTION__KEY` variables are looked up; default `os.environ`.
         world_size: Ranks that will train; the batch must divide over them.
+        check_deepspeed: False for a run that is only read: its batch need not fit and its DeepSpeed
+            config need not be there.
 
     Returns:
         Phase1, Phase2 or Phase3, frozen.
@@ -64,6 +69,7 @@ def load_run_settings(
     model = _phase_model(sources, problems)
     others = {f"phase {n}": other for n, other in _PHASES.items() if other is not model}
     take_typed_text(sources, model)
+    _find_deepspeed_beside(sources)
     texts, unknown = unknown_keys(sources, model, others)
     problems.extend(texts)
     for key_path in unknown:
@@ -75,7 +81,9 @@ def load_run_settings(
     if "phase" not in sources.tree:
         bad_paths.append(("phase",))
     run = _without_inert(run, sources, problems, bad_paths)
-    found = [*contradictions(run, sources), *deepspeed_problems(run, world_size, sources)]
+    found = contradictions(run, sources)
+    if check_deepspeed:
+        found += deepspeed_problems(run, world_size, sources)
     problems.extend(text for paths, text in found if not _touches(paths, bad_paths))
     if problems:
         raise SettingsError(problems, heading=str(find_config(path)))
@@ -88,6 +96,28 @@ def dump_run_settings(run: RunSettings) -> str:
     for path, _ in settings_without_effect(run):
         _remove(tree, path)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def run_folder_texts(run: RunSettings) -> dict[str, str]:
+    """What a run folder holds to be run again: config.yaml, and the user's DeepSpeed JSON.
+
+    The JSON is copied unresolved, so that another number of ranks can take it, and the config names
+    the copy, so that it can be moved and read from anywhere.
+    """
+    if not is_own_deepspeed_json(run.deepspeed_config):
+        return {"config.yaml": dump_run_settings(run)}
+    source = Path(run.deepspeed_config).read_text(encoding="utf-8")
+    run = run.model_copy(update={"deepspeed": _DEEPSPEED_COPY})
+    return {_DEEPSPEED_COPY: source, "config.yaml": dump_run_settings(run)}
+
+
+def _find_deepspeed_beside(sources: Sources) -> None:
+    """`deepspeed: my.json` in a file means the one beside it, if there is one."""
+    place, name = sources.places.get(("deepspeed",)), sources.tree.get("deepspeed")
+    if place is not None and place.folder is not None and name and isinstance(name, str):
+        beside = str(place.folder / name)
+        if is_own_deepspeed_json(beside):
+            sources.put(("deepspeed",), beside, place)
 
 
 def _phase_model(sources: Sources, problems: list[str]) -> type[Union[Phase1, Phase2, Phase3]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -17,7 +18,7 @@ from lgpt.engine.build import build_engine
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.engine.start import afford_bf16, start_process_group
 from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tags
-from lgpt.settings.run import dump_run_settings
+from lgpt.settings.run import run_folder_texts
 from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.loop import Progress, run_training
 from lgpt.training.train_transformer import TransformerTask
@@ -79,7 +80,8 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
 
 
 def _is_done(run: RunSettings) -> bool:
-    is_done = broadcast_from_rank_zero((run.run_folder / "DONE").exists())
+    # Unlike Path.exists, it takes folders that cannot be read; writing there will say so.
+    is_done = broadcast_from_rank_zero(os.path.exists(run.run_folder / "DONE"))
     if is_done:
         _log.info(
             "%s is done (%s exists): nothing to train. Give another name= for a new run.",
@@ -93,9 +95,15 @@ def _write_run_folder(run: RunSettings, ds_config: dict[str, Any]) -> None:
     """The resolved pair first thing: what runs is what can be run again from there."""
     if not is_rank_zero():
         return
-    run.run_folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(run.run_folder / "config.yaml", dump_run_settings(run))
-    write_json_atomically(run.run_folder / "ds_config.json", ds_config)
+    try:
+        for name, text in run_folder_texts(run).items():
+            write_text_atomically(run.run_folder / name, text)
+        write_json_atomically(run.run_folder / "ds_config.json", ds_config)
+    except OSError as error:
+        raise SettingsError(
+            f"the run folder {run.run_folder} cannot be written ({error.strerror}: "
+            f"{error.filename}); give another runs_folder=."
+        ) from error
 
 
 def _resume(run: RunSettings, task: Task) -> Progress:

@@ -176,3 +176,18 @@ def test_a_damaged_checkpoint_is_not_converted(phase3, tmp_path):
 def test_a_folder_without_checkpoints_says_what_to_give(tmp_path):
     with pytest.raises(CheckpointError, match=r"no whole checkpoint: give a run folder"):
         convert_run(tmp_path, tmp_path / "model")
+
+
+def test_a_deepspeed_json_that_is_gone_is_not_needed(phase3, tmp_path):
+    copy = edited_copy(phase3, tmp_path)
+    config, manifest_path = copy / "config.yaml", copy / "manifest.json"
+    config.write_text(config.read_text().replace("deepspeed: null", "deepspeed: gone.json"))
+    assert "gone.json" in config.read_text()
+    manifest = json.loads(manifest_path.read_text())
+    content = config.read_bytes()
+    manifest["files"]["config.yaml"] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    manifest_path.write_text(json.dumps(manifest))
+    assert convert_run(copy, tmp_path / "model").step == 7
