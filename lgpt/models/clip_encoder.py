@@ -20,6 +20,7 @@ from torch import Tensor
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import write_json_atomically
 from lgpt.core.logging import get_logger
+from lgpt.settings.text import RANDOM_ENCODER_WIDTH
 
 _logger = get_logger(__name__)
 
@@ -193,7 +194,7 @@ def make_random_clip_text_encoder(
     folder: Union[str, Path],
     captions: Iterable[str],
     seed: int = 0,
-    width: int = 128,
+    width: int = RANDOM_ENCODER_WIDTH,
     layers: int = 2,
 ) -> Path:
     """Write a small CLIP text encoder with random weights and whole-word tokens.

@@ -7,16 +7,21 @@ them), but in a moment and without torch.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Optional
 
+from pydantic import ValidationError
+
 from lgpt.core.errors import SettingsError
 from lgpt.settings.phases import Phase2, RunSettings, TransformerRun
+from lgpt.settings.text import RANDOM_ENCODER, RANDOM_ENCODER_WIDTH
 from lgpt.settings.transformer import TransformerSettings
 from lgpt.settings.vqvae import VqvaeSettings, VqvaeSourceSettings
 
 # Width of the text tower's hidden states; other encoders are read from their folder.
 _TEXT_WIDTHS = {
+    RANDOM_ENCODER: RANDOM_ENCODER_WIDTH,
     "openai/clip-vit-base-patch32": 512,
     "openai/clip-vit-base-patch16": 512,
     "openai/clip-vit-large-patch14": 768,
@@ -156,7 +161,14 @@ def _vqvae_of_folder(folder: str) -> Optional[VqvaeSettings]:
         values = _read_json(place / "config.json")
         if "codebook_size" in values:
             known = {key: values[key] for key in VqvaeSettings.model_fields if key in values}
-            return VqvaeSettings.model_validate(known)
+            try:
+                return VqvaeSettings.model_validate(known)
+            except ValidationError as error:
+                wrong = ".".join(map(str, error.errors()[0]["loc"]))
+                raise SettingsError(
+                    f"{place / 'config.json'} describes no VQ-VAE of lgpt: its {wrong} is not "
+                    "allowed; write the model folder again."
+                ) from None
     return None
 
 
@@ -166,7 +178,8 @@ def _text_width(run: TransformerRun) -> Optional[int]:
     if run.text.encoder in _TEXT_WIDTHS:
         return _TEXT_WIDTHS[run.text.encoder]
     values = _read_json(Path(run.text.encoder) / "config.json")
-    width = values.get("text_config", values).get("hidden_size")
+    text_config = values.get("text_config", values)  # of a whole CLIP, or of its text tower
+    width = text_config.get("hidden_size") if isinstance(text_config, dict) else None
     if isinstance(width, int):
         return width
     raise SettingsError(
@@ -176,7 +189,11 @@ def _text_width(run: TransformerRun) -> Optional[int]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    # Unlike Path.is_file, isfile takes names that are too long or lie in unreadable folders.
+    if not os.path.isfile(file):
         return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{file} cannot be read as JSON: {error}.") from None
     return values if isinstance(values, dict) else {}

@@ -8,6 +8,10 @@ from pydantic import Field
 
 from lgpt.settings.section import NameOrPath, Section
 
+# The encoder of `text.encoder: random`, and the width of its embeddings.
+RANDOM_ENCODER = "random"
+RANDOM_ENCODER_WIDTH = 128
+
 
 class TextSettings(Section):
     """Which CLIP text tower reads the captions, and how its output is kept."""

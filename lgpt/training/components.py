@@ -15,11 +15,10 @@ from lgpt.models.vqgan_import import load_vqvae
 from lgpt.models.vqvae import VQVAE
 from lgpt.settings.data import DataSettings
 from lgpt.settings.phases import TransformerRun
+from lgpt.settings.text import RANDOM_ENCODER
 from lgpt.settings.vqvae import VqvaeSourceSettings
 
 _log = get_logger(__name__)
-
-RANDOM_ENCODER = "random"
 
 
 def load_vqvae_of(settings: VqvaeSourceSettings) -> VQVAE:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lgpt.core.errors import SettingsError
+from lgpt.models.clip_encoder import ClipTextEncoder, make_random_clip_text_encoder
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.vqvae import VQVAE
 from lgpt.models.vqvae_config import VQVAEConfig
@@ -88,4 +89,35 @@ def test_unknown_sizes_are_asked_for():
         run_parameters(run)
     run = load_run_settings("phase3_500m", ["text.encoder=someone/clip"], {})
     with pytest.raises(SettingsError, match=r"width of text.encoder 'someone/clip' is unknown"):
+        run_parameters(run)
+
+
+def test_the_random_encoder_has_the_width_it_is_made_with(tmp_path):
+    run = load_run_settings("demo/phase3_shapes", environ={})
+    make_random_clip_text_encoder(tmp_path, ["a red circle"])
+    width = ClipTextEncoder.from_pretrained(tmp_path).width
+    assert run_parameters(run) == latent_gpt_parameters(run.transformer, 512, 64, width)
+
+
+@pytest.mark.parametrize(
+    ("where", "content", "text"),
+    [
+        ("text.encoder", "{", "cannot be read as JSON"),
+        ("text.encoder", "\udcff", "cannot be read as JSON"),
+        ("text.encoder", '{"text_config": 5}', "width of text.encoder"),
+        ("vqvae.checkpoint", "[" * 100_000, "cannot be read as JSON"),
+        ("vqvae.checkpoint", '{"codebook_size": -3}', "its codebook_size is not allowed"),
+    ],
+)
+def test_files_that_are_only_peeked_into_may_be_broken(where, content, text, tmp_path):
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    silent = ["vqvae.codebook_size=null", "sampling.top_k=0"]
+    run = load_run_settings("phase3_500m", [*silent, f"{where}={tmp_path}"], {})
+    if where == "text.encoder":
+        known = ["vqvae.codebook_size=16384", f"text.encoder={tmp_path}"]
+        run = load_run_settings("phase3_500m", known, {})
+    with pytest.raises(SettingsError, match=text):
+        run_parameters(run)
+    run = load_run_settings("phase3_500m", [*silent, "vqvae.checkpoint=" + "x" * 300], {})
+    with pytest.raises(SettingsError, match="is not there to be asked"):
         run_parameters(run)
