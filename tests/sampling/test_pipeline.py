@@ -139,6 +139,20 @@ def test_prompts_of_a_command_line(tmp_path: Path) -> None:
         prompts_from(["a fox"], None, 4)
     with pytest.raises(SettingsError, match=r"nowhere\.txt does not exist"):
         prompts_from([], tmp_path / "nowhere.txt", 0)
+    lines.write_bytes(b"a caf\xe9")
+    with pytest.raises(SettingsError, match=r"prompts\.txt cannot be read .*text in UTF-8"):
+        prompts_from([], lines, 0)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_drawing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextToImagePipeline, "unconditional", lambda *_: pytest.fail("it drew"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for out in ("file", "file/grid.png", "folder.png", "x" * 300):
+        with pytest.raises(SettingsError, match=f"--out .*{out} cannot be written"):
+            draw_to_file(folder, [], tmp_path / out, unconditional=1)
 
 
 def test_grid_enlarges_small_pictures_pixel_by_pixel_and_writes_captions() -> None:
