@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import typer
 
-from lgpt.core.distributed import is_rank_zero, rank, world_size
+from lgpt.core.distributed import rank, world_size
 from lgpt.core.errors import LgptError, SettingsError
 from lgpt.core.logging import configure_logging
 
@@ -48,8 +48,8 @@ def main() -> None:
     """Entry point; an LgptError is printed without a traceback and decides the exit code."""
     # DeepSpeed's launcher puts --local_rank=N before the command; the environment says the same.
     argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
-    configure_logging()
     try:
+        configure_logging()
         app(args=argv, prog_name="lgpt", standalone_mode=True)
     except LgptError as error:
         _tell(error)
@@ -57,14 +57,18 @@ def main() -> None:
 
 
 def _tell(error: LgptError) -> None:
-    if is_rank_zero():
+    try:
+        number = rank()
+    except SettingsError:  # this is what is being told
+        number = 0
+    if number == 0:
         print(f"lgpt: {error}", file=sys.stderr, flush=True)
         return
     # The launcher ends all ranks as soon as one exits: rank 0 gets time to print what all ranks
     # found.
     time.sleep(2)
     if not isinstance(error, SettingsError):
-        print(f"lgpt: [rank {rank()}] {error}", file=sys.stderr, flush=True)
+        print(f"lgpt: [rank {number}] {error}", file=sys.stderr, flush=True)
 
 
 def _load(
@@ -239,6 +243,7 @@ def mlflow_sync(run: Path = typer.Argument(..., help="a run folder")) -> None:
 def config_show(
     config: str = _CONFIG,
     overrides: Optional[list[str]] = _OVERRIDES,
+    text_encoder: Optional[str] = _TEXT_ENCODER,
     ranks: int = _RANKS,
     as_json: bool = _JSON,
 ) -> None:
@@ -246,7 +251,7 @@ def config_show(
     from lgpt.settings.deepspeed import resolve_deepspeed_config
     from lgpt.settings.show import as_json_object, render
 
-    run = _load(config, overrides, ranks=ranks)
+    run = _load(config, overrides, text_encoder, ranks)
     ds_config = resolve_deepspeed_config(run, ranks)
     print(f"# {_counted_parameters(run)}")
     print(render(run, ds_config))
@@ -256,12 +261,15 @@ def config_show(
 
 @config_app.command("validate")
 def config_validate(
-    config: str = _CONFIG, overrides: Optional[list[str]] = _OVERRIDES, ranks: int = _RANKS
+    config: str = _CONFIG,
+    overrides: Optional[list[str]] = _OVERRIDES,
+    text_encoder: Optional[str] = _TEXT_ENCODER,
+    ranks: int = _RANKS,
 ) -> None:
     """Say whether a run config and its DeepSpeed config fit together; all problems at once."""
     from lgpt.settings.deepspeed import resolve_deepspeed_config
 
-    run = _load(config, overrides, ranks=ranks)
+    run = _load(config, overrides, text_encoder, ranks)
     resolve_deepspeed_config(run, ranks)
     print(
         f"{config}: right for {ranks} rank(s); phase {run.phase} trains the {run.trains}, "

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import os
 import random
+import re
+
+from lgpt.core.errors import SettingsError
 
 
 def rank() -> int:
     """This process's number over all nodes; 0 when started by hand."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", default=0, lowest=0)
 
 
 def local_rank() -> int:
     """This process's number on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", default=0, lowest=0)
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", default=1, lowest=1)
+
+
+def _number(variable: str, default: int, lowest: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < lowest:
+        raise SettingsError(
+            f"environment variable {variable} = {text!r} must be a whole number of at least "
+            f"{lowest}; the launcher sets it: unset it for a command started by hand."
+        )
+    return int(text)
 
 
 def is_rank_zero() -> bool:
