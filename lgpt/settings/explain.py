@@ -165,6 +165,9 @@ def _nearest(
     elsewhere: Mapping[KeyPath, str],
 ) -> str:
     key = path[-1]
+    for other, phase in elsewhere.items():
+        if other[: len(path)] == path:
+            return f"it belongs to {phase}; remove it, or change `phase`."
     siblings = _keys_of_section(path[:-1], model)
     by_joined = {"_".join(other): other for other in known}
     if close := get_close_matches("_".join(path), list(by_joined), n=1, cutoff=0.9):
@@ -175,21 +178,13 @@ def _nearest(
     same_key = [dotted(other) for other in known if other[-1] == key]
     if same_key:
         return f"it belongs to another section: {' or '.join(same_key)}."
-    if foreign := _in_other_phase(path, elsewhere):
-        return foreign
+    for other, phase in elsewhere.items():
+        if other[-1] == key:
+            return f"in {phase} it is {dotted(other)}; remove it, or change `phase`."
     by_key = {other[-1]: other for other in reversed(known)}
     if close := get_close_matches(key, list(by_key), n=1, cutoff=0.75):
         return f"did you mean {dotted(by_key[close[0]])}?"
     return f"known there are {', '.join(siblings)}."
-
-
-def _in_other_phase(path: KeyPath, elsewhere: Mapping[KeyPath, str]) -> Optional[str]:
-    for other, phase in elsewhere.items():
-        if other == path or other[: len(path)] == path:
-            return f"it belongs to {phase}; remove it, or change `phase`."
-        if other[-1] == path[-1]:
-            return f"in {phase} it is {dotted(other)}; remove it, or change `phase`."
-    return None
 
 
 def _keys_of_section(path: KeyPath, model: type[Section]) -> list[str]:

@@ -174,6 +174,14 @@ def test_variables_with_one_underscore_are_refused(tmp_path):
     assert "two underscores" in problem
 
 
+def test_a_key_of_another_phase_is_no_misspelling(tmp_path):
+    for key in ("vqvae.resolution=64", "vqvae.ch=32", "vqvae.codebook_update=ema", "loss={}"):
+        (problem,) = problems_of(TRANSFORMER, tmp_path, key)
+        assert problem.endswith(": it belongs to phase 2; remove it, or change `phase`."), problem
+    (problem,) = problems_of(VQVAE, tmp_path, "text.encoder=random")
+    assert "it belongs to phase 1 and phase 3; remove it" in problem
+
+
 @pytest.mark.parametrize("text", ["training: 5", "training: [5]", "training: on"])
 def test_a_value_where_a_section_belongs_is_one_problem(text, tmp_path):
     (problem,) = problems_of(f"phase: 2\nname: a\n{text}\n", tmp_path)
