@@ -9,12 +9,13 @@ set -euo pipefail
 set -m # children get process groups of their own: Ctrl-C reaches this script alone
 
 data=shapes fresh=false python=""
+needs() { echo "demo.sh: $1 needs $2 after it" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case "$1" in
-        --data) data=${2:?--data needs shapes or openmoji}; shift 2 ;;
+        --data) data=${2-}; [ -n "$data" ] || needs "--data" "shapes or openmoji"; shift 2 ;;
         --data=*) data=${1#--data=}; shift ;;
         --fresh) fresh=true; shift ;;
-        --python) python=${2:?--python needs a name or path}; shift 2 ;;
+        --python) python=${2-}; [ -n "$python" ] || needs "--python" "a name or path"; shift 2 ;;
         --python=*) python=${1#--python=}; shift ;;
         -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "demo.sh: '$1' is not an option: --data shapes|openmoji, --fresh, --python P" >&2; exit 2 ;;

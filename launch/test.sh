@@ -8,9 +8,10 @@
 set -euo pipefail
 
 python=""
+needs() { echo "test.sh: $1 needs $2 after it" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case "$1" in
-        --python) python=${2:?--python needs a name or path}; shift 2 ;;
+        --python) python=${2-}; [ -n "$python" ] || needs "--python" "a name or path"; shift 2 ;;
         --python=*) python=${1#--python=}; shift ;;
         -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) break ;;

@@ -142,6 +142,20 @@ def test_an_unknown_word_is_refused(clone: Path):
     assert "--data cats: allowed are shapes and openmoji" in output
 
 
+@pytest.mark.parametrize(
+    ("script", "word"), [("demo", "--data"), ("demo", "--python"), ("test", "--python")]
+)
+def test_an_option_without_its_value_is_a_usage_error(script: str, word: str):
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / f"{script}.sh", word],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.search(rf"^{script}\.sh: {word} needs .* after it$", done.stderr, re.MULTILINE)
+
+
 def test_half_of_the_demo_prompts_were_never_seen_in_training():
     lines = (ROOT / "launch" / "prompts_shapes.txt").read_text().splitlines()
     prompts = [
