@@ -53,12 +53,12 @@ class Sources:
     unreadable: list[KeyPath] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Optional[Place]:
-        """Place of a value, of what holds it, or of the first thing in it; None for a default."""
+        """Place of a value, of what holds it, or of the last thing in it; None for a default."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
-        inner = self.written(path) if path else []
-        return self.places[inner[0]] if inner else None
+        inner = [self.places[known] for known in (self.written(path) if path else [])]
+        return max(inner, key=lambda place: place.layer, default=None)
 
     def value(self, path: KeyPath) -> Any:
         """The value written at a path; KeyError when nothing was."""
@@ -160,13 +160,13 @@ def read_sources(
             _put_text(sources, path, environ[name], f"environment variable {name}", layer)
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key.strip():
+        path = tuple(key.strip().lstrip("-").split("."))
+        if not equals or not all(path):
             sources.problems.append(
                 f"{text!r} (command line): an override is written section.key=value, "
                 "for example training.max_steps=100."
             )
             continue
-        path = tuple(key.strip().lstrip("-").split("."))
         _put_text(sources, path, value, "command line", layer + 1)
     return sources
 
@@ -199,8 +199,10 @@ def _why(error: Exception) -> str:
     """What YAML did not like, in one line."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    words = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
-    return str(words).splitlines()[0]
+    context, problem = getattr(error, "context", None), getattr(error, "problem", None)
+    if context and str(problem).startswith("but "):
+        problem = f"{context}, {problem}"
+    return str(problem or context or error).splitlines()[0]
 
 
 def _cut(text: str) -> str:
@@ -363,7 +365,12 @@ class _NodeReader:
         mapping: dict[str, Any] = {}
         first_lines: dict[str, int] = {}
         for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                where = ".".join(path) or "the top"
+                self.problems.append(f"{where} ({self._place(line)}): a key must be one word.")
+                continue
+            key = str(key_node.value)
             if key == "<<":
                 self.problems.append(
                     f"{'.'.join((*path, key))} ({self._place(line)}): YAML's merge keys are not "

@@ -197,6 +197,13 @@ def test_merge_keys_are_refused(tmp_path):
     assert "a.yaml:8): YAML's merge keys are not read; write the keys out" in problem
 
 
+def test_keys_that_are_no_words_are_refused(tmp_path):
+    (problem,) = problems_of(write(tmp_path, "a.yaml", PHASE2 + "data:\n  ? [a, b]\n  : 3\n"))
+    assert problem.endswith("a.yaml:6): a key must be one word.")
+    with pytest.raises(SettingsError, match=r"a\.yaml:2 is not YAML: expected a single document"):
+        load_run_settings(write(tmp_path, "a.yaml", "---\n" * 2 + PHASE2), environ={})
+
+
 def test_broken_yaml_names_the_line(tmp_path):
     path = write(tmp_path, "a.yaml", "phase: 2\nname: [a\n")
     with pytest.raises(SettingsError, match=r"a\.yaml:\d+ is not YAML"):

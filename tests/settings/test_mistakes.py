@@ -135,6 +135,7 @@ def test_ten_mistakes_are_all_printed_before_torch_is_imported(tmp_path):
         ("vqvae.ch_mult=[1,x]", 'vqvae.ch_mult[1] = "x" (command line) must be a whole number.'),
         ("vqvae.ch_mult=3", "must be a list, for example [a, b]."),
         ("vqvae.codebook_update=emma", "must be one of gradient, ema. Did you mean ema?"),
+        ("a..b=3", "'a..b=3' (command line): an override is written section.key=value"),
         ("training.max_steps", "an override is written section.key=value"),
         ("seed=[", "seed = '[' (command line): not YAML: expected the node content, but found"),
         ("phase=4", "phase = 4 (command line) must be 1, 2 or 3."),
@@ -180,6 +181,12 @@ def test_a_key_of_another_phase_is_no_misspelling(tmp_path):
         assert problem.endswith(": it belongs to phase 2; remove it, or change `phase`."), problem
     (problem,) = problems_of(VQVAE, tmp_path, "text.encoder=random")
     assert "it belongs to phase 1 and phase 3; remove it" in problem
+
+
+def test_what_is_missing_is_told_with_the_section_that_lacks_it(tmp_path):
+    text = "extends: base\nphase: 2\nname: a\ntraining:\n  log_every: 5\n"
+    (problem,) = problems_of(text, tmp_path)
+    assert problem.startswith("training.max_steps is missing (section at run.yaml:5): ")
 
 
 @pytest.mark.parametrize("text", ["training: 5", "training: [5]", "training: on"])
