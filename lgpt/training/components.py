@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Optional
 
-from lgpt.core.distributed import barrier, is_rank_zero
+from lgpt.core.distributed import is_rank_zero
 from lgpt.core.errors import CheckpointError, DataError
 from lgpt.core.logging import get_logger
 from lgpt.data.captioned import CaptionedDataset, open_dataset
 from lgpt.data.transforms import ImageTransform, validation_transform
+from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.models.clip_encoder import ClipTextEncoder, make_random_clip_text_encoder
 from lgpt.models.vqgan_import import load_vqvae
 from lgpt.models.vqvae import VQVAE
@@ -60,28 +61,50 @@ def load_text_encoder_of(
 
     Args:
         train_captions: Needed only to make a random encoder that is not there yet.
+
+    Raises:
+        DataError: On every rank: a random encoder is missing and cannot be made.
     """
     name = text_encoder_name(run)
-    if run.text.encoder == RANDOM_ENCODER and not (Path(name) / "config.json").exists():
+    if run.text.encoder == RANDOM_ENCODER:
+        _make_random_encoder(Path(name), run.data.seed, train_captions)
+    return ClipTextEncoder.from_pretrained(name)
+
+
+def _make_random_encoder(
+    folder: Path, seed: int, train_captions: Optional[CaptionedDataset]
+) -> None:
+    """Rank 0 looks and makes it; all ranks meet here whether it was there or not.
+
+    Each rank looking for itself would not do: one that comes late finds it made, and the others
+    wait for it.
+    """
+    problem: Optional[str] = None
+    if is_rank_zero() and not (folder / "config.json").exists():
         if train_captions is None:
-            raise DataError(
-                f"text.encoder is 'random' and its folder {name} is missing; run `lgpt "
+            problem = (
+                f"text.encoder is 'random' and its folder {folder} is missing; run `lgpt "
                 "prepare` first."
             )
-        if is_rank_zero():
-            captions = (
-                text
-                for index in range(len(train_captions))
-                for text in train_captions.captions(index)
-            )
-            make_random_clip_text_encoder(Path(name), captions, seed=run.data.seed)
-            _log.info(
-                "Made a random CLIP text encoder in %s: frozen, untrained, it tells "
-                "captions apart but knows no language.",
-                name,
-            )
-        barrier()
-    return ClipTextEncoder.from_pretrained(name)
+        else:
+            problem = _write_random_encoder(folder, seed, train_captions)
+    if problem := broadcast_from_rank_zero(problem):
+        raise DataError(problem)
+
+
+def _write_random_encoder(folder: Path, seed: int, dataset: CaptionedDataset) -> Optional[str]:
+    """Make it from the captions; returns what went wrong."""
+    captions = (text for index in range(len(dataset)) for text in dataset.captions(index))
+    try:
+        make_random_clip_text_encoder(folder, captions, seed=seed)
+    except OSError as error:
+        return f"The random text encoder cannot be written to {folder}: {error}."
+    _log.info(
+        "Made a random CLIP text encoder in %s: frozen, untrained, it tells "
+        "captions apart but knows no language.",
+        folder,
+    )
+    return None
 
 
 def transform_of(data: DataSettings, split: str) -> ImageTransform:
