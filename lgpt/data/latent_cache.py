@@ -70,14 +70,18 @@ class TokenStatistics:
 
 
 class LatentCache:
-    """A finished cache of one split, opened read-only."""
+    """A finished cache of one split, opened read-only.
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    Attributes:
+        text_width: None when there is no text, or none is wanted.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], with_text: bool = True) -> None:
         self.folder, self.manifest = folder, manifest
         self.grid: tuple[int, int] = (manifest["grid"][0], manifest["grid"][1])
         self.crops: int = manifest["crops"]
         self.codebook_size: int = manifest["codebook_size"]
-        self.text_width: Optional[int] = manifest["text_width"]
+        self.text_width: Optional[int] = manifest["text_width"] if with_text else None
         shape = (manifest["items"], self.crops, self.grid[0] * self.grid[1])
         self._tokens = np.memmap(
             folder / "tokens.bin", dtype=manifest["tokens_dtype"], mode="r", shape=shape
@@ -93,12 +97,16 @@ class LatentCache:
 
     @classmethod
     def open(
-        cls, folder: Union[Path, str], expected_fingerprint: Optional[dict[str, Any]] = None
+        cls,
+        folder: Union[Path, str],
+        expected_fingerprint: Optional[dict[str, Any]] = None,
+        with_text: bool = True,
     ) -> LatentCache:
         """Open the cache of one split, `<cache folder>/<split>`.
 
         Args:
             expected_fingerprint: What the run would make the cache from; None skips the comparison.
+            with_text: False leaves the text of a cache that has some unread.
 
         Raises:
             DataError: Missing, unfinished, cut short, or made from something else.
@@ -125,7 +133,7 @@ class LatentCache:
                 )
         if expected_fingerprint is not None:
             refuse_other_fingerprint(folder, manifest["fingerprint"], expected_fingerprint)
-        return cls(folder, manifest)
+        return cls(folder, manifest, with_text)
 
     def __len__(self) -> int:
         return int(self._tokens.shape[0])
@@ -137,7 +145,7 @@ class LatentCache:
     def batch(self, items: np.ndarray, crops: np.ndarray, captions: np.ndarray) -> CachedBatch:
         """Crop `crops[k]` and caption `captions[k]` of picture `items[k]`, for k = 0 .. n - 1.
 
-        Text is None in a cache made without a text encoder.
+        Text is None in a cache made without a text encoder, or opened without its text.
         """
         tokens = torch.from_numpy(self._tokens[items, crops].astype(np.int64))
         if self.text_width is None:

@@ -83,7 +83,9 @@ class TransformerTask:
         run = self.run
         if run.latent_cache is not None:
             expected = cache_fingerprint(run, dataset, self.vqvae_digest, self.text_encoder)
-            return LatentCache.open(run.latent_cache / dataset.split, expected)
+            # An unconditional run may use a cache that holds text.
+            has_text = self.text_encoder is not None
+            return LatentCache.open(run.latent_cache / dataset.split, expected, has_text)
         transform = transform_of(run.data, dataset.split)
         return EncodedLatents(
             dataset,

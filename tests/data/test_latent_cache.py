@@ -139,7 +139,10 @@ def test_a_cache_of_something_else_is_refused_with_every_difference(whole: Path,
 
 def test_an_unconditional_run_may_read_a_cache_that_has_text(whole: Path, tmp_path: Path):
     without = {**fingerprint(), "text_encoder": "none"}
-    assert len(LatentCache.open(whole, without)) == COUNT - 2
+    shared = LatentCache.open(whole, without, with_text=False)
+    assert len(shared) == COUNT - 2
+    text_less = shared.batch(np.array([0, 5]), np.array([0, 1]), np.array([0, 0]))
+    assert (text_less.text, text_less.text_mask) == (None, None)
     build(tmp_path / "train", encode_captions=None, fingerprint=without)
     cache = LatentCache.open(tmp_path / "train", without)
     batch = cache.batch(np.array([0, 5]), np.array([0, 1]), np.array([0, 0]))

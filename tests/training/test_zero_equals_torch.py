@@ -135,6 +135,15 @@ FLOAT32_TOLERANCE = {"vqvae": 1e-4, "transformer": 1e-5}
 BF16_NOISE = {"vqvae": 0.3, "transformer": 0.02}
 
 
+def test_an_unconditional_run_trains_on_a_cache_that_holds_text(runs):
+    run = load_run_settings(runs["transformer"], ["conditioning=unconditional"], environ={})
+    seed_everything(run.seed)
+    task = TransformerTask(run, torch.device("cpu"))
+    task.engine = PlainEngine(task.model, run, accumulation=4)
+    first, *_, last = [task.train_step(step)["ce_loss"] for step in range(10)]
+    assert last < first
+
+
 def test_reconstruction_is_what_the_task_minimises(runs):
     run = load_run_settings(runs["vqvae"], environ={})
     seed_everything(run.seed)
