@@ -137,7 +137,14 @@ def _read_shards(folder: Path) -> _Shards:
             f"{folder} holds no ZeRO shards (*_optim_states.pt); give a step folder of a run that "
             "was trained with ZeRO stage 1, 2 or 3."
         )
-    states = [read_safely(path)["optimizer_state_dict"] for path in optimizer_files]
+    states = [read_safely(path).get("optimizer_state_dict", {}) for path in optimizer_files]
+    if any("zero_stage" not in state or "partition_count" not in state for state in states):
+        # DeepSpeed's BF16_Optimizer, which stage 1 in bf16 trains with, keeps neither.
+        raise CheckpointError(
+            f"{folder} was not saved by ZeRO stage 1 in fp32, 2 or 3 (its shards name no "
+            "zero_stage), and only those can be converted; train with stage 2, such as "
+            "deepspeed=zero2_bf16."
+        )
     stage, partitions = int(states[0]["zero_stage"]), states[0]["partition_count"]
     expected = max(partitions) if isinstance(partitions, list) else int(partitions)
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"

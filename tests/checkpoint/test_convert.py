@@ -89,6 +89,15 @@ def test_sizes_that_do_not_add_up_are_told(step_folder):
         merged_weights(step_folder)
 
 
+@pytest.mark.parametrize("step_folder", ["zero2_bf16"], indirect=True)
+def test_shards_of_deepspeeds_bf16_optimizer_say_what_to_train_with(step_folder):
+    """Stage 1 in bf16 is another optimizer of DeepSpeed, whose shards name no stage."""
+    for path in (step_folder / "model").glob("*optim_states.pt"):
+        torch.save({"optimizer_state_dict": {"clip_grad": 1.0}}, path)
+    with pytest.raises(CheckpointError, match=r"name no zero_stage.*deepspeed=zero2_bf16"):
+        merged_weights(step_folder)
+
+
 def test_a_folder_without_shards_says_what_to_give(tmp_path):
     with pytest.raises(CheckpointError, match=r"no ZeRO shards .* ZeRO stage 1, 2 or 3"):
         merged_weights(tmp_path)
