@@ -161,7 +161,9 @@ def _stage(
 
     def prepare() -> None:
         if is_rank_zero():
-            _sweep(staging.parent)
+            _sweep(staging.parent)  # what resists is told after the save, by _prune
+            if staging.exists():
+                shutil.rmtree(staging)
             (staging / "rng").mkdir(parents=True)
             write_json_atomically(staging / _TRAINER_STATE, dict(trainer_state))
             for name, text in extra_files.items():
@@ -302,20 +304,32 @@ def _prune(checkpoints: Path, keep_last: int) -> None:
             for folder in _step_folders(checkpoints)
             if _step_of(folder) < _step_of(whole[keep_last - 1])
         ]
-    try:
-        for folder in old:
-            # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+    problems = []
+    for folder in old:
+        # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+        try:
             folder.rename(folder.with_name(f".pruned_{folder.name}"))
-        _sweep(checkpoints)
-    except OSError as error:
-        _log.warning("Old checkpoints in %s could not be removed: %s", checkpoints, error)
+        except OSError as error:
+            problems.append(str(error))
+    problems += _sweep(checkpoints)
+    if problems:
+        _log.warning("Old checkpoints could not be removed: %s", "; ".join(problems))
 
 
-def _sweep(checkpoints: Path) -> None:
-    """Remove what an interrupted save or removal left."""
+def _sweep(checkpoints: Path) -> list[str]:
+    """Remove what an interrupted save or removal left; returns what could not be removed.
+
+    A file that a reader holds open makes a folder on NFS resist, and the next save must not fail
+    for it.
+    """
+    problems = []
     for kind in ("staging", "pruned", "replaced"):
         for folder in checkpoints.glob(f".{kind}_step_*"):
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                problems.append(str(error))
+    return problems
 
 
 def _step_folders(checkpoints: Path) -> list[Path]:

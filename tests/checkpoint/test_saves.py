@@ -13,7 +13,7 @@ from two_rank_saves import CASES
 
 from lgpt.checkpoint.manifest import list_files, read_manifest
 from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
-from lgpt.checkpoint.store import load_checkpoint, newest_checkpoint, verify
+from lgpt.checkpoint.store import load_checkpoint, newest_checkpoint, save_checkpoint, verify
 from lgpt.core.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -149,6 +149,27 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_chosen(
 
 def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_stops_no_save(
+    tmp_path, caplog, monkeypatch
+):
+    checkpoints = tmp_path / "checkpoints"
+    for name in (".pruned_step_1", ".staging_step_2", ".staging_step_9"):
+        (checkpoints / name / "rng").mkdir(parents=True)
+    remove = shutil.rmtree
+
+    def resist(folder: Path, **options: bool) -> None:
+        if folder.name == ".pruned_step_1":
+            raise OSError(39, "Directory not empty", f"{folder}/.nfs000123")
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", resist)
+    saved = save_checkpoint({}, tmp_path, 2, trainer_state={}, keep_last=2, extra_files={})
+    assert verify(saved, deep=True) == []
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert left == [".pruned_step_1", "latest", "step_2"]
+    assert ".nfs000123" in caplog.text
 
 
 def test_generators_go_on_where_they_were_captured():
