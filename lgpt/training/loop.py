@@ -26,6 +26,8 @@ from lgpt.training.schedule import learning_rate_at
 from lgpt.training.stop_signals import StopSignals
 from lgpt.training.task import TrainingTask
 
+_COMPANIONS = ("config.yaml", "ds_config.json", "model_config.json")
+
 _log = get_logger(__name__)
 
 
@@ -83,7 +85,9 @@ class _Loop:
         self.progress, self.device = progress, device
         self.window: list[Mapping[str, float]] = []
         self.window_started_at = time.monotonic()
-        self.saved_step = progress.step
+        # A run that goes on has just been loaded from the checkpoint of its step.
+        self.saved_step: Optional[int] = progress.step if progress.step > 0 else None
+        self.companions = _read_companions(run.run_folder)
         on_terminal = is_rank_zero() and sys.stderr.isatty()
         self.bar = tqdm(
             total=run.training.max_steps,
@@ -121,8 +125,8 @@ class _Loop:
         self.progress.elapsed_seconds += time.monotonic() - started_at
         agreed = max_over_ranks(
             {
-                "is_stopping": signals.received is not None,
-                "has_diverged": not math.isfinite(metrics[self.task.main_loss]),
+                "is_stopping": float(signals.received is not None),
+                "has_diverged": float(not math.isfinite(metrics[self.task.main_loss])),
                 "elapsed_seconds": self.progress.elapsed_seconds,
             },
             self.device,
@@ -194,26 +198,21 @@ class _Loop:
                 self.tracker.picture(self.progress.step, name, path)
         self._skip_in_throughput()
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint of the current step, unless there is one already."""
         run, step = self.run, self.progress.step
-        folder = run.run_folder / "checkpoints" / f"step_{step}"
-        if self.saved_step == step and folder.exists():
-            return folder
-        folder = save_checkpoint(
+        if self.saved_step == step:
+            return
+        save_checkpoint(
             {"model": self.task.engine},
             run.run_folder,
             step,
             trainer_state=asdict(self.progress),
             keep_last=run.checkpoint.keep_last,
-            extra_files={
-                name: (run.run_folder / name).read_text()
-                for name in ("config.yaml", "ds_config.json", "model_config.json")
-            },
+            extra_files=self.companions,
         )
         self.saved_step = step
         self._skip_in_throughput()
-        return folder
 
     def _skip_in_throughput(self) -> None:
         """Keep validation, pictures and saving out of images/s."""
@@ -232,6 +231,13 @@ class _Loop:
     def finish(self) -> None:
         self.save()
         self.close("FINISHED")
+
+
+def _read_companions(run_folder: Path) -> dict[str, str]:
+    """What lies beside the weights in every checkpoint, as this start wrote it; only on rank 0."""
+    if not is_rank_zero():
+        return {}
+    return {name: (run_folder / name).read_text() for name in _COMPANIONS}
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,0 +1,100 @@
+"""The loop around a task that only counts: cadence, stops, skipped steps and divergence."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Optional
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from lgpt.checkpoint import store
+from lgpt.settings.phases import RunSettings
+from lgpt.settings.run import load_run_settings
+from lgpt.training import loop
+from lgpt.training.loop import Progress, run_training
+
+COMPANIONS = ("config.yaml", "ds_config.json", "model_config.json")
+
+
+class CountingTask:
+    """Notes what the loop asks for; losses and gradient norms by the number of the step done."""
+
+    main_loss = "recon_loss"
+    tokens_per_image = 16
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.losses: dict[int, float] = {}
+        self.validation_loss = 1.0
+        self.norms: dict[int, float] = {}
+        self.on_step: Callable[[int], None] = lambda step: None
+        self.engine: Any = SimpleNamespace(
+            optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
+            get_global_grad_norm=lambda: self.norms.get(self._step, 1.0),
+        )
+
+    def train_step(self, step: int) -> Mapping[str, float]:
+        self._step = step + 1
+        self.asked.append(f"train {self._step}")
+        self.on_step(self._step)
+        return {"recon_loss": self.losses.get(self._step, 1.0)}
+
+    def validate(self) -> Mapping[str, float]:
+        self.asked.append("validate")
+        return {"recon_loss": self.validation_loss}
+
+    def draw(self, step: int) -> Mapping[str, Image.Image]:
+        self.asked.append("draw")
+        return {"samples": Image.new("RGB", (2, 2))}
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> CountingTask:
+    """A task whose saves are real checkpoints, only without an engine's files in them."""
+    counting = CountingTask()
+
+    def save(engines: Any, run_folder: Path, step: int, **rest: Any) -> Path:
+        counting.asked.append("save")
+        return store.save_checkpoint({}, run_folder, step, **rest)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    return counting
+
+
+def settings(folder: Path, max_steps: int, **changes: Any) -> RunSettings:
+    config = tiny.vqvae_run(folder, max_steps, **changes)
+    run = load_run_settings(tiny.write(folder / "run.yaml", config), environ={})
+    run.run_folder.mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS:
+        (run.run_folder / name).write_text(f"{name} of the start")
+    return run
+
+
+def go(run: RunSettings, task: CountingTask, done: Optional[Progress] = None) -> Progress:
+    progress = done or Progress()
+    run_training(run, task, None, progress, torch.device("cpu"))
+    return progress
+
+
+def test_a_checkpoint_holds_the_configs_that_the_start_was_given(tmp_path, task):
+    run = settings(tmp_path, 4)
+    task.on_step = lambda step: (run.run_folder / "config.yaml").write_text("of another start")
+    go(run, task)
+    saved = run.run_folder / "checkpoints" / "step_4"
+    assert (saved / "config.yaml").read_text() == "config.yaml of the start"
+    assert {*COMPANIONS} < {path.name for path in saved.iterdir()}
+
+
+def test_a_step_is_not_saved_again_whatever_a_rank_sees_on_the_disk(tmp_path, task):
+    """A network file system may show ranks different things, and saving is done together."""
+    run = settings(tmp_path, 4)
+    progress = go(run, task)
+    shutil.rmtree(run.run_folder / "checkpoints")
+    go(run, task, progress)
+    assert task.asked.count("save") == 1
