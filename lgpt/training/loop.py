@@ -140,12 +140,15 @@ class _Loop:
         step, is_last = self.progress.step, self.is_finished()
         if step % training.log_every == 0 or is_last:
             self._log_window(learning_rate)
+        if agreed["is_stopping"] and not is_last:
+            # Slurm kills 30 s after its SIGTERM: no time for more than the caller's save.
+            return True
         if _due(step, training.validate_every) or is_last:
             self._validate()
-        if _due(step, training.sample_every) or is_last:
-            self._draw()
         if step % self.run.checkpoint.every_steps == 0 or is_last:
             self.save()
+        if _due(step, training.sample_every) or is_last:
+            self._draw()
         return agreed["is_stopping"] > 0
 
     def _diverged(self, metrics: Mapping[str, float]) -> None:

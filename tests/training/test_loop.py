@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from lgpt.checkpoint import store
+from lgpt.core.errors import StoppedEarly
 from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.training import loop
@@ -98,3 +100,24 @@ def test_a_step_is_not_saved_again_whatever_a_rank_sees_on_the_disk(tmp_path, ta
     shutil.rmtree(run.run_folder / "checkpoints")
     go(run, task, progress)
     assert task.asked.count("save") == 1
+
+
+def test_a_stop_signal_saves_at_once_even_where_validation_and_pictures_are_due(tmp_path, task):
+    run = settings(tmp_path, 8, training={**tiny.training(8), "sample_every": 4})
+    task.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None
+    with pytest.raises(StoppedEarly, match=r"SIGTERM after step 4 of 8"):
+        go(run, task)
+    assert task.asked == ["train 1", "train 2", "train 3", "train 4", "save"]
+
+
+def test_what_is_due_is_validated_then_saved_then_drawn(tmp_path, task):
+    run = settings(tmp_path, 8, training={**tiny.training(8), "sample_every": 4})
+    go(run, task)
+    assert task.asked[4:7] == ["validate", "save", "draw"]
+    assert task.asked[-4:] == ["train 8", "validate", "save", "draw"]
+
+
+def test_a_stop_signal_at_the_last_step_changes_nothing(tmp_path, task):
+    task.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None
+    assert go(settings(tmp_path, 4), task).step == 4
+    assert task.asked[-3:] == ["validate", "save", "draw"]
