@@ -26,6 +26,7 @@ from lgpt.training.schedule import learning_rate_at
 from lgpt.training.stop_signals import StopSignals
 from lgpt.training.task import TrainingTask
 
+_MOST_SKIPPED_STEPS = 10  # in a row
 _COMPANIONS = ("config.yaml", "ds_config.json", "model_config.json")
 
 _log = get_logger(__name__)
@@ -87,6 +88,7 @@ class _Loop:
         self.window_started_at = time.monotonic()
         # A run that goes on has just been loaded from the checkpoint of its step.
         self.saved_step: Optional[int] = progress.step if progress.step > 0 else None
+        self.skipped_steps = 0
         self.companions = _read_companions(run.run_folder)
         on_terminal = is_rank_zero() and sys.stderr.isatty()
         self.bar = tqdm(
@@ -127,12 +129,17 @@ class _Loop:
             {
                 "is_stopping": float(signals.received is not None),
                 "has_diverged": float(not math.isfinite(metrics[self.task.main_loss])),
+                "is_skipped": float(math.isinf(metrics["gradient_norm"])),
                 "elapsed_seconds": self.progress.elapsed_seconds,
             },
             self.device,
         )
         if agreed["has_diverged"]:
-            self._diverged(metrics)
+            self._diverged(
+                f"{self.task.main_loss} is not finite at step {self.progress.step + 1} (on this "
+                f"rank {metrics[self.task.main_loss]}; gradient norm {metrics['gradient_norm']})"
+            )
+        self._count_skipped(agreed["is_skipped"] > 0)
         self.progress.elapsed_seconds = agreed["elapsed_seconds"]
         self.window.append(metrics)
         self.progress.step += 1
@@ -151,14 +158,31 @@ class _Loop:
             self._draw()
         return agreed["is_stopping"] > 0
 
-    def _diverged(self, metrics: Mapping[str, float]) -> None:
+    def _count_skipped(self, is_skipped: bool) -> None:
+        """DeepSpeed leaves out a step whose gradient is not finite; only its norm, inf, tells.
+
+        Now and then that is harmless; without an end the run would train nothing. (NaN stands for a
+        norm that DeepSpeed did not keep.)
+        """
+        if not is_skipped:
+            self.skipped_steps = 0
+            return
+        self.skipped_steps += 1
+        step = self.progress.step + 1
+        _log.warning("step %d was skipped: its gradient is not finite", step)
+        if self.skipped_steps == _MOST_SKIPPED_STEPS:
+            self._diverged(
+                f"The gradient is not finite at step {step} and the {self.skipped_steps - 1} "
+                "before it, so none of them was taken"
+            )
+
+    def _diverged(self, what: str) -> None:
         self.close("FAILED")
         raise DivergedError(
-            f"{self.task.main_loss} is not finite at step {self.progress.step + 1} (on this rank "
-            f"{metrics[self.task.main_loss]}; gradient norm {metrics['gradient_norm']}). "
-            f"The checkpoint of step {self.saved_step} is whole. Lower optimizer.learning_rate "
-            f"(now {self.run.optimizer.learning_rate}) or raise schedule.warmup_steps (now "
-            f"{self.run.schedule.warmup_steps}), then run the same command again."
+            f"{what}. The checkpoint of step {self.saved_step} is whole. Lower "
+            f"optimizer.learning_rate (now {self.run.optimizer.learning_rate}) or raise "
+            f"schedule.warmup_steps (now {self.run.schedule.warmup_steps}), then run the same "
+            "command again."
         )
 
     def _log_window(self, learning_rate: float) -> None:

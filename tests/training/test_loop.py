@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lgpt.checkpoint import store
-from lgpt.core.errors import StoppedEarly
+from lgpt.core.errors import DivergedError, StoppedEarly
 from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.training import loop
@@ -121,3 +121,19 @@ def test_a_stop_signal_at_the_last_step_changes_nothing(tmp_path, task):
     task.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None
     assert go(settings(tmp_path, 4), task).step == 4
     assert task.asked[-3:] == ["validate", "save", "draw"]
+
+
+def test_ten_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path, task):
+    run = settings(tmp_path, 40)
+    # DeepSpeed keeps no norm in some modes: that is no skipped step.
+    task.norms = {1: float("nan"), **dict.fromkeys(range(6, 40), float("inf"))}
+    with pytest.raises(DivergedError, match=r"gradient is not finite at step 15 and the 9 before"):
+        go(run, task)
+    assert not (run.run_folder / "DONE").exists()
+
+
+def test_steps_skipped_now_and_then_are_told_and_survived(tmp_path, task, caplog):
+    task.norms = {step: float("inf") for step in range(1, 41) if step % 10}
+    assert go(settings(tmp_path, 40), task).step == 40
+    assert "step 39 was skipped" in caplog.text
+    assert "step 40 was skipped" not in caplog.text
