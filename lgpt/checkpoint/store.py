@@ -7,6 +7,7 @@
         config.yaml, ...            the run config and its companions
         manifest.json               size and sha256 of each file; written last
     <run>/checkpoints/latest        `step_<n>` of the newest
+    <run>/checkpoints/.diverged_step_<n>   set aside: its weights gave a loss that was not finite
 
 DeepSpeed alone writes to the final names, does not sync, and points `latest` at a step before all
 ranks have written theirs (0.19.8). Here everything is staged, synced, digested and agreed on by all
@@ -103,6 +104,28 @@ def newest_checkpoint(run_folder: Path) -> Optional[Path]:
             return folder
         _log.warning("Checkpoint %s is skipped: %s", folder, "; ".join(problems[:3]))
     return None
+
+
+def set_aside_after(run_folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints of later steps to `.diverged_step_<n>`; rank 0 only.
+
+    They are kept for whoever wants to look into them, but no run goes on from them.
+
+    Returns:
+        The folders that were set aside, under their new names.
+    """
+    checkpoints, aside = run_folder / "checkpoints", []
+    for folder in _step_folders(checkpoints):
+        if _step_of(folder) > step:
+            aside.append(folder.with_name(f".diverged_{folder.name}"))
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            folder.rename(aside[-1])
+    left = newest_checkpoint(run_folder)
+    if left is not None:
+        write_text_atomically(checkpoints / "latest", f"{left.name}\n")
+    else:
+        (checkpoints / "latest").unlink(missing_ok=True)
+    return aside
 
 
 def verify(folder: Path, deep: bool) -> list[str]:

@@ -8,18 +8,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import NoReturn, Optional
 
 import torch
 from tqdm import tqdm
 
-from lgpt.checkpoint.store import save_checkpoint
+from lgpt.checkpoint.store import newest_checkpoint, save_checkpoint, set_aside_after
 from lgpt.core.distributed import barrier, is_rank_zero
 from lgpt.core.errors import DivergedError, StoppedEarly
 from lgpt.core.logging import get_logger
 from lgpt.engine.build import gradient_norm, set_learning_rate
 from lgpt.engine.memory import peak_bytes
-from lgpt.engine.ranks import max_over_ranks, mean_over_ranks
+from lgpt.engine.ranks import broadcast_from_rank_zero, max_over_ranks, mean_over_ranks
 from lgpt.settings.phases import RunSettings
 from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.schedule import learning_rate_at
@@ -55,7 +55,8 @@ def run_training(
 
     Raises:
         StoppedEarly: A signal came; a checkpoint was saved (exit code 75).
-        DivergedError: The loss or the gradient is not finite; the last checkpoint is untouched.
+        DivergedError: The loss or the gradient is not finite; checkpoints with the weights that
+            gave it are set aside.
     """
     with StopSignals() as signals:
         loop = _Loop(run, task, tracker, progress, device)
@@ -88,6 +89,8 @@ class _Loop:
         self.window_started_at = time.monotonic()
         # A run that goes on has just been loaded from the checkpoint of its step.
         self.saved_step: Optional[int] = progress.step if progress.step > 0 else None
+        # The last step whose weights gave a finite loss and gradient: one behind until they did.
+        self.proven_step = progress.step - 1
         self.skipped_steps = 0
         self.companions = _read_companions(run.run_folder)
         on_terminal = is_rank_zero() and sys.stderr.isatty()
@@ -151,21 +154,25 @@ class _Loop:
             # Slurm kills 30 s after its SIGTERM: no time for more than the caller's save.
             return True
         if _due(step, training.validate_every) or is_last:
-            self._validate()
-        if step % self.run.checkpoint.every_steps == 0 or is_last:
+            self._validate(is_last)
+        # A skipped step changed nothing, and its save would push a better one out of keep_last.
+        if (_due(step, self.run.checkpoint.every_steps) and not self.skipped_steps) or is_last:
             self.save()
         if _due(step, training.sample_every) or is_last:
             self._draw()
         return agreed["is_stopping"] > 0
 
     def _count_skipped(self, is_skipped: bool) -> None:
-        """DeepSpeed leaves out a step whose gradient is not finite; only its norm, inf, tells.
+        """Of a step with a finite loss, before `progress` counts it.
+
+        DeepSpeed leaves out a step whose gradient is not finite; only its norm, inf, tells.
 
         Now and then that is harmless; without an end the run would train nothing. (NaN stands for a
         norm that DeepSpeed did not keep.)
         """
         if not is_skipped:
             self.skipped_steps = 0
+            self.proven_step = self.progress.step
             return
         self.skipped_steps += 1
         step = self.progress.step + 1
@@ -176,14 +183,37 @@ class _Loop:
                 "before it, so none of them was taken"
             )
 
-    def _diverged(self, what: str) -> None:
+    def _diverged(self, what: str) -> NoReturn:
+        """Set the checkpoints aside whose weights led here, and raise on all ranks."""
+        place = self._set_aside_unproven() if is_rank_zero() else ""
         self.close("FAILED")
+        # All ranks wait for rank 0: the launcher ends all as soon as one exits with a code.
+        place = broadcast_from_rank_zero(place)
         raise DivergedError(
-            f"{what}. The checkpoint of step {self.saved_step} is whole. Lower "
-            f"optimizer.learning_rate (now {self.run.optimizer.learning_rate}) or raise "
-            f"schedule.warmup_steps (now {self.run.schedule.warmup_steps}), then run the same "
-            "command again."
+            f"{what}. Lower optimizer.learning_rate (now {self.run.optimizer.learning_rate}) or "
+            f"raise schedule.warmup_steps (now {self.run.schedule.warmup_steps}), then run the "
+            f"same command again. {place}"
         )
+
+    def _set_aside_unproven(self) -> str:
+        """A save comes before the loss that shows what its weights are worth; says what is left."""
+        run_folder = self.run.run_folder
+        try:
+            aside = set_aside_after(run_folder, self.proven_step)
+        except OSError as error:
+            return (
+                f"Remove the checkpoints after step {self.proven_step} from {run_folder} first: "
+                f"their weights are bad, and they cannot be set aside ({error})."
+            )
+        newest = newest_checkpoint(run_folder)
+        place = (
+            f"from {newest}" if newest is not None else "from the beginning, without a checkpoint"
+        )
+        told = f"It goes on {place}"
+        if aside:
+            names = ", ".join(path.name for path in aside)
+            told += f"; what was saved after that has bad weights and was set aside as {names}"
+        return f"{told}."
 
     def _log_window(self, learning_rate: float) -> None:
         seconds = time.monotonic() - self.window_started_at
@@ -206,13 +236,17 @@ class _Loop:
     def _restart_window(self) -> None:
         self.window, self.window_started_at = [], time.monotonic()
 
-    def _validate(self) -> None:
+    def _validate(self, is_last: bool) -> None:
         metrics = {f"val_{key}": value for key, value in self.task.validate().items()}
         self.progress.validation = metrics
         self._record(metrics)
         with self.bar.external_write_mode(file=sys.stderr):
             _log.info("step %d  validation  %s", self.progress.step, _readable(metrics))
         self._skip_in_throughput()
+        name = f"val_{self.task.main_loss}"
+        if is_last and not math.isfinite(metrics[name]):
+            # No next loss will tell.
+            self._diverged(f"{name} is not finite after the last step, {self.progress.step}")
 
     def _draw(self) -> None:
         pictures = self.task.draw(self.progress.step)

@@ -137,3 +137,52 @@ def test_steps_skipped_now_and_then_are_told_and_survived(tmp_path, task, caplog
     assert go(settings(tmp_path, 40), task).step == 40
     assert "step 39 was skipped" in caplog.text
     assert "step 40 was skipped" not in caplog.text
+
+
+def names_in(run: RunSettings) -> list[str]:
+    return sorted(path.name for path in (run.run_folder / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_saved_before_its_weights_gave_a_loss_is_set_aside(tmp_path, task):
+    run = settings(tmp_path, 12)
+    task.losses = {9: float("nan")}
+    with pytest.raises(DivergedError, match=r"step 9 .*step_4; .*aside as \.diverged_step_8"):
+        go(run, task)
+    assert names_in(run) == [".diverged_step_8", "latest", "step_4"]
+    assert (run.run_folder / "checkpoints" / "latest").read_text() == "step_4\n"
+
+
+def test_a_checkpoint_whose_weights_gave_a_finite_loss_stays(tmp_path, task):
+    run = settings(tmp_path, 12)
+    task.losses = {10: float("inf")}
+    with pytest.raises(DivergedError, match=r"It goes on from .*step_8\.$"):
+        go(run, task)
+    assert names_in(run) == ["latest", "step_4", "step_8"]
+
+
+def test_a_run_that_goes_on_into_the_same_loss_goes_one_checkpoint_further_back(tmp_path, task):
+    run = settings(tmp_path, 12)
+    task.losses = {9: float("nan")}
+    progress = Progress()
+    for left in ("from .*step_4", "from the beginning"):
+        with pytest.raises(DivergedError, match=left):
+            go(run, task, progress)
+        task.losses, progress = {5: float("nan")}, Progress(step=4)
+    assert names_in(run) == [".diverged_step_4", ".diverged_step_8"]
+
+
+def test_skipped_steps_are_not_saved_and_do_not_prune_what_is_good(tmp_path, task):
+    run = settings(tmp_path, 40, checkpoint={"every_steps": 2})
+    task.norms = dict.fromkeys(range(9, 40), float("inf"))
+    with pytest.raises(DivergedError, match=r"step_6; .* aside as \.diverged_step_8"):
+        go(run, task)
+    assert names_in(run) == [".diverged_step_8", "latest", "step_6"]
+
+
+def test_a_validation_loss_that_is_not_finite_at_the_end_leaves_no_last_checkpoint(tmp_path, task):
+    run = settings(tmp_path, 8)
+    task.validation_loss = float("nan")
+    with pytest.raises(DivergedError, match=r"val_recon_loss is not finite .* step, 8.*step_4"):
+        go(run, task)
+    assert names_in(run) == ["latest", "step_4"]
+    assert task.asked[-2:] == ["train 8", "validate"]

@@ -207,7 +207,7 @@ def test_report_and_mlflow_know_all_runs(phase1: Path, phase2: Path, phase3: Pat
     assert run.data.metrics["ce_loss"] > 0
 
 
-def test_a_diverged_run_says_so_and_keeps_its_checkpoint(home: Path):
+def test_a_diverged_run_says_so_and_trains_with_a_lower_learning_rate(home: Path):
     config = tiny.vqvae_run(
         home, 8, name="diverging", optimizer={"learning_rate": 1e30, "gradient_clipping": 0.0}
     )
@@ -215,10 +215,12 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(home: Path):
     done = _lgpt("train", path, expect=4)
     assert "is not finite at step" in done.stderr
     assert "optimizer.learning_rate (now 1e+30)" in done.stderr
+    assert "set aside as .diverged_step_1" in done.stderr
     assert "Traceback" not in done.stderr
     folder = home / "runs" / "diverging"
     assert not (folder / "DONE").exists()
-    assert (folder / "checkpoints" / "latest").read_text().startswith("step_")
+    _lgpt("train", path, "optimizer.learning_rate=1e-3")
+    assert json.loads((folder / "DONE").read_text())["step"] == 8
 
 
 def test_a_wrong_config_is_told_once_by_all_ranks(home: Path):
