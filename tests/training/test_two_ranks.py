@@ -17,9 +17,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two_ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("two_ranks")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -42,3 +46,34 @@ def test_ranks_meet_when_one_comes_late_to_a_random_text_encoder(results):
     assert (first["sum"], second["sum"]) == (3.0, 3.0)
     for refusal in (first["refusal"], second["refusal"]):
         assert "text_encoder is missing; run `lgpt prepare` first" in refusal
+
+
+def test_a_stopped_and_resumed_run_repeats_the_losses_of_one_that_was_not(results, folder):
+    for result in results:
+        straight, stopped, resumed = result["stop"]["endings"]
+        assert (straight, resumed) == ("done", "done")
+        assert stopped.startswith("StoppedEarly: Stopped by")
+        assert "after step 3 of 6" in stopped
+    expected, got = (steps_of(folder / "runs" / name) for name in ("straight", "stopped"))
+    assert [step for step, _, _ in got] == [1, 2, 3, 4, 5, 6]
+    assert got == expected
+    assert len({loss for _, loss, _ in got}) == 6
+
+
+def steps_of(run_folder: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of every step that was logged."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (line["step"], line["recon_loss"], line["gradient_norm"])
+        for line in lines
+        if "recon_loss" in line
+    ]
+
+
+def test_a_time_budget_ends_all_ranks_at_the_same_step(results, folder):
+    first, second = (result["budget"] for result in results)
+    assert first["ending"] == second["ending"] == "done"
+    assert first["steps"] == second["steps"]
+    assert 1 < first["steps"] < 1000
+    done = json.loads((folder / "runs" / "budget" / "DONE").read_text())
+    assert done["step"] == first["steps"]

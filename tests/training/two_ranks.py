@@ -6,8 +6,10 @@ Not a test module: every check leaves what each rank saw in results_<rank>.json.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ import tiny
 import torch
 
 from lgpt.core.distributed import barrier, rank
-from lgpt.core.errors import DataError
+from lgpt.core.errors import DataError, LgptError
 from lgpt.data.captioned import open_dataset
 from lgpt.engine.ranks import sum_over_ranks
 from lgpt.engine.start import start_process_group
+from lgpt.settings.deepspeed import resolve_deepspeed_config
+from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.training.components import load_text_encoder_of
+from lgpt.training.train import train
+from lgpt.training.train_vqvae import VqvaeTask
 
 
 def a_late_rank_and_a_random_text_encoder(home: Path) -> dict[str, Any]:
@@ -39,10 +45,62 @@ def a_late_rank_and_a_random_text_encoder(home: Path) -> dict[str, Any]:
     return {"refusal": refusal, "digest": encoder.digest, "sum": total.item()}
 
 
+def run_of(home: Path, name: str, *overrides: str, **changes: Any) -> RunSettings:
+    config = tiny.vqvae_run(
+        home,
+        6,
+        name=name,
+        vqvae={**tiny.VQVAE, "dropout": 0.1},  # draws from every rank's own generator
+        tracking={"enabled": False},
+        **changes,
+    )
+    path = tiny.write(home / f"{name}_{rank()}.yaml", config)
+    return load_run_settings(path, overrides, environ={}, world_size=2)
+
+
+def ending_of(run: RunSettings) -> str:
+    try:
+        train(run, resolve_deepspeed_config(run, 2))
+    except LgptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def a_stop_on_the_way(home: Path) -> dict[str, Any]:
+    """Rank 1 is told to stop after step 3."""
+    names = ("straight", "stopped", "stopped")
+    return {"endings": [ending_of(run_of(home, name)) for name in names]}
+
+
+def a_time_budget_on_ranks_of_different_speed(home: Path) -> dict[str, Any]:
+    training = {**tiny.training(1000), "max_minutes": 0.02, "validate_every": 0}
+    ending = ending_of(run_of(home, "budget", training=training))
+    return {"ending": ending, "steps": STEPS_TAKEN["budget"]}
+
+
+STEPS_TAKEN: dict[str, int] = {"straight": 0, "stopped": 0, "budget": 0}
+plain_step = VqvaeTask.train_step
+
+
+def watched_step(task: VqvaeTask, step: int) -> Mapping[str, float]:
+    name = task.run.name
+    STEPS_TAKEN[name] += 1
+    if name == "stopped" and rank() == 1 and step == 2:
+        signal.raise_signal(signal.SIGTERM)
+    if name == "budget":
+        time.sleep(0.02 * rank())
+    return plain_step(task, step)
+
+
 def main() -> None:
     out = Path(sys.argv[-1])
     start_process_group()
-    results = {"encoder": a_late_rank_and_a_random_text_encoder(out)}
+    VqvaeTask.train_step = watched_step
+    results = {
+        "encoder": a_late_rank_and_a_random_text_encoder(out),
+        "stop": a_stop_on_the_way(out),
+        "budget": a_time_budget_on_ranks_of_different_speed(out),
+    }
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
     barrier()
 
