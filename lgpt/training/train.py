@@ -43,11 +43,13 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
         return
     if run.training.precision == "bf16":
         afford_bf16(device)
-    _write_run_folder(run, ds_config)
+    newest = broadcast_from_rank_zero(newest_checkpoint(run.run_folder) if is_rank_zero() else None)
+    if newest is None:
+        # First thing. A run that goes on keeps its files until nothing refuses the new start.
+        _write_run_folder(run, ds_config)
     seed_everything(run.seed)  # the same weights on every rank
     task: Task = VqvaeTask(run, device) if isinstance(run, Phase2) else TransformerTask(run, device)
     if is_rank_zero():
-        write_json_atomically(run.run_folder / "model_config.json", task.description())
         _log.info(
             "%s: phase %d trains the %s, %s parameters, on %d rank(s) of %s",
             run.name,
@@ -57,10 +59,10 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
             world_size(),
             device.type,
         )
-    barrier()
     task.engine = build_engine(task.model, run.optimizer, ds_config)
     seed_everything(run.seed, rank())
-    progress = _resume(run, task)
+    progress = Progress() if newest is None else _resume(run, task, newest)
+    _write_run_folder(run, ds_config, task)
     tracker = _start_tracking(run, task, progress) if is_rank_zero() else None
     try:
         run_training(run, task, tracker, progress, device)
@@ -91,14 +93,18 @@ def _is_done(run: RunSettings) -> bool:
     return bool(is_done)
 
 
-def _write_run_folder(run: RunSettings, ds_config: dict[str, Any]) -> None:
-    """The resolved pair first thing: what runs is what can be run again from there."""
+def _write_run_folder(
+    run: RunSettings, ds_config: dict[str, Any], task: Optional[Task] = None
+) -> None:
+    """The resolved pair, what can be run again from there, and what the task knows of its model."""
     if not is_rank_zero():
         return
     try:
         for name, text in run_folder_texts(run).items():
             write_text_atomically(run.run_folder / name, text)
         write_json_atomically(run.run_folder / "ds_config.json", ds_config)
+        if task is not None:
+            write_json_atomically(run.run_folder / "model_config.json", task.description())
     except OSError as error:
         raise SettingsError(
             f"the run folder {run.run_folder} cannot be written ({error.strerror}: "
@@ -106,12 +112,8 @@ def _write_run_folder(run: RunSettings, ds_config: dict[str, Any]) -> None:
         ) from error
 
 
-def _resume(run: RunSettings, task: Task) -> Progress:
-    """Load the newest whole checkpoint of the run folder into the engine, if there is one."""
-    found = newest_checkpoint(run.run_folder) if is_rank_zero() else None
-    folder: Optional[Path] = broadcast_from_rank_zero(found)
-    if folder is None:
-        return Progress()
+def _resume(run: RunSettings, task: Task, folder: Path) -> Progress:
+    """Load a checkpoint of the run folder into the engine."""
     state = load_checkpoint({"model": task.engine}, folder)
     progress = Progress(**state)
     if progress.step > run.training.max_steps:

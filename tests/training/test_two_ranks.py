@@ -50,7 +50,7 @@ def test_ranks_meet_when_one_comes_late_to_a_random_text_encoder(results):
 
 def test_a_stopped_and_resumed_run_repeats_the_losses_of_one_that_was_not(results, folder):
     for result in results:
-        straight, stopped, resumed = result["stop"]["endings"]
+        straight, stopped, _, resumed = result["stop"]["endings"]
         assert (straight, resumed) == ("done", "done")
         assert stopped.startswith("StoppedEarly: Stopped by")
         assert "after step 3 of 6" in stopped
@@ -68,6 +68,12 @@ def steps_of(run_folder: Path) -> list[tuple[int, float, float]]:
         for line in lines
         if "recon_loss" in line
     ]
+
+
+def test_a_refused_start_leaves_the_run_folder_as_it_was(results):
+    for result in results:
+        assert "ZeRO-2 in fp32" in result["stop"]["endings"][2]
+        assert result["stop"]["untouched"]
 
 
 def test_a_time_budget_ends_all_ranks_at_the_same_step(results, folder):

@@ -66,10 +66,20 @@ def ending_of(run: RunSettings) -> str:
     return "done"
 
 
-def a_stop_on_the_way(home: Path) -> dict[str, Any]:
-    """Rank 1 is told to stop after step 3."""
-    names = ("straight", "stopped", "stopped")
-    return {"endings": [ending_of(run_of(home, name)) for name in names]}
+def companions_of(run: RunSettings) -> list[str]:
+    return [(run.run_folder / name).read_text() for name in COMPANIONS]
+
+
+def a_stop_and_a_refused_start_on_the_way(home: Path) -> dict[str, Any]:
+    """Rank 1 is told to stop after step 3; a start with another ZeRO stage comes in between."""
+    endings = [ending_of(run_of(home, "straight")), ending_of(run_of(home, "stopped"))]
+    run = run_of(home, "stopped")
+    written = companions_of(run)
+    endings.append(ending_of(run_of(home, "stopped", "deepspeed=zero3_bf16", "seed=5")))
+    untouched = companions_of(run) == written
+    barrier()
+    endings.append(ending_of(run))
+    return {"endings": endings, "untouched": untouched}
 
 
 def a_time_budget_on_ranks_of_different_speed(home: Path) -> dict[str, Any]:
@@ -78,6 +88,7 @@ def a_time_budget_on_ranks_of_different_speed(home: Path) -> dict[str, Any]:
     return {"ending": ending, "steps": STEPS_TAKEN["budget"]}
 
 
+COMPANIONS = ("config.yaml", "ds_config.json", "model_config.json")
 STEPS_TAKEN: dict[str, int] = {"straight": 0, "stopped": 0, "budget": 0}
 plain_step = VqvaeTask.train_step
 
@@ -98,7 +109,7 @@ def main() -> None:
     VqvaeTask.train_step = watched_step
     results = {
         "encoder": a_late_rank_and_a_random_text_encoder(out),
-        "stop": a_stop_on_the_way(out),
+        "stop": a_stop_and_a_refused_start_on_the_way(out),
         "budget": a_time_budget_on_ranks_of_different_speed(out),
     }
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
