@@ -244,6 +244,8 @@ def _save_engine(engine: Any, staging: Path, name: str) -> None:
 def _load_engine(engine: Any, folder: Path, name: str) -> None:
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag=name)
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, but it says nothing about the checkpoint
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
         raise CheckpointError(
             f"{folder / name} does not fit the model or optimizer of this run config: "

@@ -47,6 +47,21 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
     if newest is None:
         # First thing. A run that goes on keeps its files until nothing refuses the new start.
         _write_run_folder(run, ds_config)
+    try:
+        _train_from(newest, run, ds_config, device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            "The device ran out of memory with batch.micro_batch_images "
+            f"{run.batch.micro_batch_images}; lower it (the global batch stays: accumulation makes "
+            "up for it); before the first step, a higher ZeRO stage or more GPUs help. "
+            f"The device said: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _train_from(
+    newest: Optional[Path], run: RunSettings, ds_config: dict[str, Any], device: torch.device
+) -> None:
+    """Build everything, load the newest checkpoint where there is one, and train to the end."""
     seed_everything(run.seed)  # the same weights on every rank
     task: Task = VqvaeTask(run, device) if isinstance(run, Phase2) else TransformerTask(run, device)
     if is_rank_zero():
@@ -67,14 +82,6 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
     try:
         run_training(run, task, tracker, progress, device)
         _finish(run, progress)
-    except torch.OutOfMemoryError as error:
-        if tracker is not None:
-            tracker.finish("FAILED")
-        raise OutOfMemoryError(
-            "The device ran out of memory with batch.micro_batch_images "
-            f"{run.batch.micro_batch_images}; lower it (the global batch stays: accumulation makes "
-            f"up for it). DeepSpeed said: {str(error).splitlines()[0]}"
-        ) from error
     except BaseException:
         if tracker is not None:
             tracker.finish("FAILED")

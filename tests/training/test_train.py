@@ -1,0 +1,39 @@
+"""A start of training in this process, without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+import tiny
+import torch
+
+from lgpt.checkpoint import store
+from lgpt.core.errors import OutOfMemoryError
+from lgpt.settings.run import load_run_settings
+from lgpt.training import train as training
+
+
+def run_out_of_memory(*_: Any, **__: Any) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def load_into_a_full_device(*_: Any) -> None:
+    store._load_engine(SimpleNamespace(load_checkpoint=run_out_of_memory), Path("step_4"), "model")
+
+
+@pytest.mark.parametrize(
+    ("part", "fake"),
+    [("build_engine", run_out_of_memory), ("_resume", load_into_a_full_device)],
+)
+def test_a_full_device_is_told_even_before_the_first_step(tmp_path, monkeypatch, part, fake):
+    config = tiny.write(tmp_path / "run.yaml", tiny.vqvae_run(tmp_path, 4))
+    run = load_run_settings(config, environ={})
+    monkeypatch.setattr(training, "start_process_group", lambda: torch.device("cpu"))
+    monkeypatch.setattr(training, "newest_checkpoint", lambda folder: tmp_path / "step_4")
+    monkeypatch.setattr(training, "build_engine", lambda *_: None)
+    monkeypatch.setattr(training, part, fake)
+    with pytest.raises(OutOfMemoryError, match=r"micro_batch_images 2; lower it.*said: CUDA out"):
+        training.train(run, {})
