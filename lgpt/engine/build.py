@@ -10,15 +10,18 @@ import torch
 from torch import nn
 
 from lgpt.engine.start import Float32Products, load_deepspeed
+from lgpt.models.quantizer import Codebook
 from lgpt.settings.training import OptimizerSettings
 
-_NOT_DECAYED_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+# Decay would pull the codes of a VQ-VAE away from the latents that they stand for.
+_NOT_DECAYED_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, Codebook)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices and kernels decayed; norms, biases, embeddings and vectors not.
+    """Two AdamW groups: matrices and kernels decayed; norms, biases, vectors and embeddings not.
 
-    Only trainable parameters; each parameter is in exactly one group, in the model's own order.
+    A VQ-VAE's codebook counts as an embedding. Only trainable parameters; each is in exactly one
+    group, in the model's own order.
     """
     spared = {
         id(parameter)
