@@ -14,8 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch.overrides import TorchFunctionMode
 
-from lgpt.core.distributed import is_launched, local_rank
+from lgpt.core.distributed import is_launched, is_rank_zero, local_rank
 from lgpt.core.logging import get_logger
+from lgpt.engine.ranks import broadcast_from_rank_zero
 
 _log = get_logger(__name__)
 
@@ -140,12 +141,15 @@ def _as_float32(value: Any) -> Any:
 def afford_bf16(device: torch.device) -> bool:
     """Switch `Float32Products` on for the rest of the process where bf16 products are slow.
 
+    All ranks call it; rank 0 measures. Each for itself, a busy core could make them compute
+    differently.
+
     Returns:
         True when it was switched on.
     """
     if device.type != "cpu":
         return False
-    slowdown = _seconds_of_a_product(torch.bfloat16) / _seconds_of_a_product(torch.float32)
+    slowdown = broadcast_from_rank_zero(_slowdown_of_bf16() if is_rank_zero() else None)
     if slowdown < _SLOWER_THAN_FLOAT32:
         return False
     Float32Products().__enter__()
@@ -156,6 +160,10 @@ def afford_bf16(device: torch.device) -> bool:
         slowdown,
     )
     return True
+
+
+def _slowdown_of_bf16() -> float:
+    return _seconds_of_a_product(torch.bfloat16) / _seconds_of_a_product(torch.float32)
 
 
 def _seconds_of_a_product(dtype: torch.dtype, width: int = 128, repeats: int = 3) -> float:

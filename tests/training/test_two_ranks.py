@@ -83,3 +83,7 @@ def test_a_time_budget_ends_all_ranks_at_the_same_step(results, folder):
     assert 1 < first["steps"] < 1000
     done = json.loads((folder / "runs" / "budget" / "DONE").read_text())
     assert done["step"] == first["steps"]
+
+
+def test_all_ranks_compute_bf16_the_way_rank_0_measured(results):
+    assert [result["float32_products"] for result in results] == [True, True]

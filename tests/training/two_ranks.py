@@ -19,6 +19,7 @@ import torch
 from lgpt.core.distributed import barrier, rank
 from lgpt.core.errors import DataError, LgptError
 from lgpt.data.captioned import open_dataset
+from lgpt.engine import start
 from lgpt.engine.ranks import sum_over_ranks
 from lgpt.engine.start import start_process_group
 from lgpt.settings.deepspeed import resolve_deepspeed_config
@@ -43,6 +44,12 @@ def a_late_rank_and_a_random_text_encoder(home: Path) -> dict[str, Any]:
     encoder = load_text_encoder_of(run, open_dataset(run.data, "train"))
     total = sum_over_ranks(torch.tensor([rank() + 1.0]))
     return {"refusal": refusal, "digest": encoder.digest, "sum": total.item()}
+
+
+def a_machine_that_looks_fast_to_rank_1_only() -> bool:
+    """Whether this rank computes bf16 products in float32: all ranks or none must."""
+    start._slowdown_of_bf16 = lambda: 100.0 if rank() == 0 else 1.0
+    return start.afford_bf16(torch.device("cpu"))
 
 
 def run_of(home: Path, name: str, *overrides: str, **changes: Any) -> RunSettings:
@@ -111,6 +118,7 @@ def main() -> None:
         "encoder": a_late_rank_and_a_random_text_encoder(out),
         "stop": a_stop_and_a_refused_start_on_the_way(out),
         "budget": a_time_budget_on_ranks_of_different_speed(out),
+        "float32_products": a_machine_that_looks_fast_to_rank_1_only(),
     }
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
     barrier()
