@@ -86,7 +86,8 @@ class _Loop:
         self.run, self.task, self.tracker = run, task, tracker
         self.progress, self.device = progress, device
         self.window: list[Mapping[str, float]] = []
-        self.window_started_at = time.monotonic()
+        # Training alone: validation, pictures and saves are not in it.
+        self.window_started_after_seconds = progress.elapsed_seconds
         # A run that goes on has just been loaded from the checkpoint of its step.
         self.saved_step: Optional[int] = progress.step if progress.step > 0 else None
         # The last step whose weights gave a finite loss and gradient: one behind until they did.
@@ -216,7 +217,7 @@ class _Loop:
         return f"{told}."
 
     def _log_window(self, learning_rate: float) -> None:
-        seconds = time.monotonic() - self.window_started_at
+        seconds = self.progress.elapsed_seconds - self.window_started_after_seconds
         images = len(self.window) * self.run.batch.global_batch_images
         mine = {key: sum(m[key] for m in self.window) / len(self.window) for key in self.window[0]}
         metrics = mean_over_ranks(mine, self.device)
@@ -228,13 +229,11 @@ class _Loop:
             elapsed_seconds=self.progress.elapsed_seconds,
         )
         self._record(metrics)
-        self._restart_window()
+        self.window = []
+        self.window_started_after_seconds = self.progress.elapsed_seconds
         self.bar.set_postfix({self.task.main_loss: f"{metrics[self.task.main_loss]:.4f}"})
         if self.bar.disable:
             _log.info("step %d/%d  %s", self.progress.step, self.bar.total, _readable(metrics))
-
-    def _restart_window(self) -> None:
-        self.window, self.window_started_at = [], time.monotonic()
 
     def _validate(self, is_last: bool) -> None:
         metrics = {f"val_{key}": value for key, value in self.task.validate().items()}
@@ -242,7 +241,6 @@ class _Loop:
         self._record(metrics)
         with self.bar.external_write_mode(file=sys.stderr):
             _log.info("step %d  validation  %s", self.progress.step, _readable(metrics))
-        self._skip_in_throughput()
         name = f"val_{self.task.main_loss}"
         if is_last and not math.isfinite(metrics[name]):
             # No next loss will tell.
@@ -257,7 +255,6 @@ class _Loop:
                 path = folder / f"step_{self.progress.step:07d}_{name}.png"
                 picture.save(path)
                 self.tracker.picture(self.progress.step, name, path)
-        self._skip_in_throughput()
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless there is one already."""
@@ -273,12 +270,6 @@ class _Loop:
             extra_files=self.companions,
         )
         self.saved_step = step
-        self._skip_in_throughput()
-
-    def _skip_in_throughput(self) -> None:
-        """Keep validation, pictures and saving out of images/s."""
-        if not self.window:
-            self.window_started_at = time.monotonic()
 
     def _record(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None:

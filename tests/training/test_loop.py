@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from lgpt.checkpoint import store
 from lgpt.core.errors import DivergedError, StoppedEarly
 from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
+from lgpt.tracking.metrics_file import MetricsFile, read_metrics
+from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training import loop
 from lgpt.training.loop import Progress, run_training
 
@@ -78,10 +81,19 @@ def settings(folder: Path, max_steps: int, **changes: Any) -> RunSettings:
     return run
 
 
-def go(run: RunSettings, task: CountingTask, done: Optional[Progress] = None) -> Progress:
+def go(
+    run: RunSettings,
+    task: CountingTask,
+    done: Optional[Progress] = None,
+    tracker: Optional[RunTracker] = None,
+) -> Progress:
     progress = done or Progress()
-    run_training(run, task, None, progress, torch.device("cpu"))
+    run_training(run, task, tracker, progress, torch.device("cpu"))
     return progress
+
+
+def tracker_of(run: RunSettings) -> RunTracker:
+    return RunTracker(run.run_folder, MetricsFile(run.run_folder), None)
 
 
 def test_a_checkpoint_holds_the_configs_that_the_start_was_given(tmp_path, task):
@@ -186,3 +198,21 @@ def test_a_validation_loss_that_is_not_finite_at_the_end_leaves_no_last_checkpoi
         go(run, task)
     assert names_in(run) == ["latest", "step_4"]
     assert task.asked[-2:] == ["train 8", "validate"]
+
+
+def test_images_a_second_count_training_alone_whatever_the_cadence(tmp_path, task, monkeypatch):
+    run = settings(tmp_path, 10, training={**tiny.training(10), "log_every": 5})
+    task.on_step = lambda step: time.sleep(0.02)
+    validate = task.validate
+
+    def validate_slowly() -> Mapping[str, float]:
+        time.sleep(0.5)  # after step 4, in the middle of a window
+        return validate()
+
+    monkeypatch.setattr(task, "validate", validate_slowly)
+    go(run, task, tracker=tracker_of(run))
+    rates = [line.metrics.get("images_per_second") for line in read_metrics(run.run_folder)]
+    rates = [rate for rate in rates if rate is not None]
+    assert len(rates) == 2
+    # 8 images in 20 ms or somewhat more; with the validation in it, 40 in 0.6 s.
+    assert all(80 < rate <= 400 for rate in rates), rates
