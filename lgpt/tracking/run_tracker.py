@@ -111,7 +111,10 @@ class RunTracker:
         if self._is_finished:
             return
         self._is_finished = True
-        self._metrics_file.close()
+        try:
+            self._metrics_file.close()
+        except OSError as error:
+            _log.warning("the last metrics are lost, cannot write them: %s", error)
         problem = None if self._shipper is None else self._shipper.stop(status, deadline_seconds)
         if self._shipper is not None and problem is not None:
             _log.warning(

@@ -248,13 +248,17 @@ class _Loop:
 
     def _draw(self) -> None:
         pictures = self.task.draw(self.progress.step)
-        if self.tracker is not None:
-            folder = self.run.run_folder / "samples"
+        if self.tracker is None:
+            return
+        folder = self.run.run_folder / "samples"
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, picture in pictures.items():
                 path = folder / f"step_{self.progress.step:07d}_{name}.png"
                 picture.save(path)
                 self.tracker.picture(self.progress.step, name, path)
+        except OSError as error:
+            _log.warning("pictures of step %d cannot be written: %s", self.progress.step, error)
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless there is one already."""

@@ -220,6 +220,15 @@ def test_tracking_switched_off_still_writes_metrics(tmp_path):
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["off", "metrics.jsonl"]
 
 
+def test_a_full_disk_ends_no_run_not_even_at_its_finish(tmp_path, caplog):
+    tracker = start(tmp_path / "runs" / "full", enabled=False)
+    tracker._metrics_file._stream.close()
+    tracker._metrics_file._stream = Path("/dev/full").open("wb")  # noqa: SIM115
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("KILLED")
+    assert caplog.text.count("No space left") == 2
+
+
 def test_replaying_a_folder_that_is_no_tracked_run_says_what_to_give(tmp_path):
     with pytest.raises(LgptError, match=r"holds no mlflow_run\.json"):
         replay(tmp_path)

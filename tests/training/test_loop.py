@@ -216,3 +216,10 @@ def test_images_a_second_count_training_alone_whatever_the_cadence(tmp_path, tas
     assert len(rates) == 2
     # 8 images in 20 ms or somewhat more; with the validation in it, 40 in 0.6 s.
     assert all(80 < rate <= 400 for rate in rates), rates
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, task, caplog):
+    run = settings(tmp_path, 4)
+    (run.run_folder / "samples").write_text("no folder")
+    assert go(run, task, tracker=tracker_of(run)).step == 4
+    assert "pictures of step 4 cannot be written" in caplog.text
