@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
@@ -22,6 +23,7 @@ FILE_NAME = "mlflow_run.json"
 _PAUSE_SECONDS = 1.0  # one request a second at most, however often the loop logs
 _FAILURES_BEFORE_WARNING = 3
 _LONGEST_WAIT_SECONDS = 60.0
+_TRIES_OF_A_FILE = 3
 
 _log = get_logger(__name__)
 
@@ -84,6 +86,8 @@ class Shipper:
         self._cuts = 0
         self._lock = threading.Lock()  # held for memory and small files, never over the network
         self._run: Optional[MlflowRun] = None
+        self._has_sent_artifacts = False
+        self._file_failures: dict[str, int] = {}
         self._has_work = threading.Event()
         self._is_stopping = threading.Event()
         self._has_ended_well = False
@@ -146,14 +150,47 @@ class Shipper:
                 if cuts == self._cuts:
                     self._shipment.shipped_bytes = end
             self._save()
-        while self._shipment.pictures:
-            name, step, path = self._shipment.pictures[0]
-            run.log_picture(name, step, Path(path))
-            with self._lock:
-                self._shipment.pictures.pop(0)
-            self._save()
         if self._shipment.status != "RUNNING":
             run.finish(self._shipment.status)
+        self._ship_files(run)
+
+    def _ship_files(self, run: MlflowRun) -> None:
+        """Configs and pictures, last: their store may be another than the metrics', and closed.
+
+        What fails is tried again in later rounds, a few times; nothing else waits for it. It stays
+        in the queue, for a later start or `lgpt mlflow sync`.
+        """
+        if not self._has_sent_artifacts:
+            artifacts = [Path(path) for path in self._shipment.artifacts]
+            self._has_sent_artifacts = self._sends("the configs", run.log_artifacts, artifacts)
+        with self._lock:
+            pictures = list(self._shipment.pictures)
+        for name, step, path in pictures:
+            if self._sends(f"picture {path}", run.log_picture, name, step, Path(path)):
+                with self._lock:
+                    self._shipment.pictures.remove((name, step, path))
+                self._save()
+
+    def _sends(self, what: str, send: Callable[..., None], *arguments: object) -> bool:
+        """Send a file unless it failed too often; True when it is there."""
+        if self._file_failures.get(what, 0) >= _TRIES_OF_A_FILE:
+            return False
+        try:
+            send(*arguments)
+        # An artifact store raises what it likes: MLflow's errors, its own client's, OSError.
+        except Exception as error:
+            if not self._file_failures:
+                _log.warning(
+                    "MLflow takes the metrics of %s, but not %s (%s: %s): files are tried again a "
+                    "few times (told once)",
+                    self._run_folder,
+                    what,
+                    type(error).__name__,
+                    first_line(error),
+                )
+            self._file_failures[what] = self._file_failures.get(what, 0) + 1
+            return False
+        return True
 
     def _open_run(self) -> MlflowRun:
         shipment = self._shipment
@@ -164,7 +201,7 @@ class Shipper:
                 shipment.shipped_bytes = 0
         self._save()
         run.describe(shipment.tags, shipment.parameters)
-        run.log_artifacts([Path(path) for path in shipment.artifacts])
+        self._run = run
         _log.info(
             "MLflow: %s run %s in %s, experiment %s",
             "new" if run.is_new else "going on with",
@@ -172,7 +209,6 @@ class Shipper:
             shipment.uri,
             shipment.experiment,
         )
-        self._run = run
         return run
 
     def _work(self) -> None:

@@ -6,14 +6,15 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
 
 from lgpt.core.errors import LgptError
-from lgpt.tracking.metrics_file import read_metrics
-from lgpt.tracking.mlflow_run import tracking_uri
+from lgpt.tracking import shipping
+from lgpt.tracking.metrics_file import MetricLine, read_metrics
+from lgpt.tracking.mlflow_run import MlflowRun, tracking_uri
 from lgpt.tracking.run_tracker import RunTracker, replay
 
 pytestmark = [
@@ -218,6 +219,55 @@ def test_tracking_switched_off_still_writes_metrics(tmp_path):
     tracker.finish("FINISHED")
     assert [line.step for line in read_metrics(run_folder)] == [1]
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["off", "metrics.jsonl"]
+
+
+class MlflowWithAClosedStore(MlflowRun):
+    """Stands for MlflowRun: metrics arrive, the configs and one picture never do."""
+
+    sent: ClassVar[list[Any]] = []
+    tries = 0
+
+    def __init__(self, uri: str, experiment: str, run_name: str, run_id: str | None) -> None:
+        self.is_new, self.run_id = run_id is None, run_id or "r1"
+
+    def describe(self, tags: Any, parameters: Any) -> None:
+        pass
+
+    def log_metrics(self, lines: list[MetricLine]) -> None:
+        self.sent.extend(line.step for line in lines)
+
+    def log_artifacts(self, paths: list[Path]) -> None:
+        raise PermissionError("[Errno 13] /srv/mlartifacts")
+
+    def log_picture(self, name: str, step: int, path: Path) -> None:
+        if name == "refused":
+            type(self).tries += 1
+            raise PermissionError("[Errno 13] /srv/mlartifacts")
+        self.sent.append(name)
+
+    def finish(self, status: str) -> None:
+        self.sent.append(status)
+
+
+def test_an_artifact_store_that_is_closed_holds_up_no_metrics_pictures_or_end(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(shipping, "MlflowRun", MlflowWithAClosedStore)
+    monkeypatch.setattr(shipping, "_PAUSE_SECONDS", 0.001)
+    run_folder, sent = tmp_path / "runs" / "closed", MlflowWithAClosedStore.sent
+    tracker = start(run_folder, "http://store", artifacts=[tmp_path / "config.yaml"])
+    tracker.picture(1, "refused", tmp_path / "a.png")
+    tracker.picture(1, "samples", tmp_path / "b.png")
+    for step in range(1, 7):
+        tracker.log(step, {"loss": 1.0})
+        wait_for(lambda step=step: step in sent)
+    tracker.finish("FINISHED", deadline_seconds=10.0)
+    assert [each for each in sent if each not in ("samples", "FINISHED")] == [1, 2, 3, 4, 5, 6]
+    assert sent.count("samples") == 1
+    assert sent[-1] == "FINISHED"
+    assert MlflowWithAClosedStore.tries == 3
+    assert caplog.text.count("MLflow takes the metrics") == 1
+    assert [name for name, *_ in state_of(run_folder)["pictures"]] == ["refused"], "kept for a sync"
 
 
 def test_a_full_disk_ends_no_run_not_even_at_its_finish(tmp_path, caplog):
