@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lgpt.core.errors import CheckpointError
 from lgpt.models.latent_gpt import LatentGPT
 from lgpt.sampling.logits import check_sampling, guided, next_tokens
 
@@ -28,6 +29,7 @@ def generate_tokens(
     top_p: float = 1.0,
     seeds: Sequence[int],
     progress: Optional[Callable[[int], Any]] = None,
+    must_be_finite: bool = True,
 ) -> Int[Tensor, "batch h w"]:
     """Draw one picture a seed.
 
@@ -45,9 +47,11 @@ def generate_tokens(
         seeds: One a picture. The same text and seed give the same picture in any batch, up to
             floating-point noise.
         progress: Called with 1 after every token position.
+        must_be_finite: False draws on, whatever comes out, where logits are not finite.
 
     Raises:
         SettingsError: A number is out of its range.
+        CheckpointError: Logits are not finite.
     """
     check_sampling(guidance, temperature, top_k, top_p)
     batch, length = len(seeds), model.config.num_tokens
@@ -64,6 +68,7 @@ def generate_tokens(
     state = model.start_decoding(text, text_mask, null_text, max_batch=batch)
     uniforms_LB = _uniforms(seeds, length)
     tokens: list[Tensor] = []
+    finite: list[Tensor] = []  # on the device: asking at every token would wait for it each time
     for position in range(length):
         previous = tokens[-1] if tokens else None
         if previous is not None and is_guided:
@@ -71,12 +76,18 @@ def generate_tokens(
         logits_BV = model.decode_next(previous, state).float()
         if is_guided:
             logits_BV = guided(logits_BV[:batch], logits_BV[batch:], guidance)
+        finite.append(logits_BV.isfinite().all())
         uniforms_B = uniforms_LB[position].to(logits_BV.device)
         tokens.append(
             next_tokens(logits_BV, uniforms_B, temperature=temperature, top_k=top_k, top_p=top_p)
         )
         if progress is not None:
             progress(1)
+    if must_be_finite and not torch.stack(finite).all():
+        raise CheckpointError(
+            "The transformer's logits are not finite, so its pictures mean nothing: its weights "
+            "are damaged or of a run that diverged; convert an earlier checkpoint."
+        )
     grid = (batch, model.config.grid_height, model.config.grid_width)
     return torch.stack(tokens, dim=1).view(grid)
 

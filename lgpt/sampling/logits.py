@@ -56,13 +56,18 @@ def draw(
     Args:
         logits_BV: Any floating type; -inf is never drawn.
         uniforms_B: One number in [0, 1) a picture.
+
+    Returns:
+        Always a code: the last one where logits are NaN.
     """
     sums_BV = logits_BV.double().softmax(dim=1).cumsum(dim=1)
     total_B1 = sums_BV[:, -1:]
     wanted_B1 = uniforms_B.double().unsqueeze(1) * total_B1
     # A product that rounds up to the total would fall behind the last code.
     wanted_B1 = torch.minimum(wanted_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(sums_BV, wanted_B1, right=True).squeeze(1)
+    tokens_B = torch.searchsorted(sums_BV, wanted_B1, right=True).squeeze(1)
+    # Sums of NaN hold nothing, and a code that is none would end in a device-side assert.
+    return tokens_B.clamp(max=logits_BV.shape[1] - 1)
 
 
 def next_tokens(

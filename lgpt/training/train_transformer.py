@@ -197,6 +197,8 @@ class TransformerTask:
             top_k=run.sampling.top_k,
             top_p=run.sampling.top_p,
             seeds=[run.seed + n for n in numbers],
+            # After a blow-up the next loss says so, on all ranks; here one alone might raise.
+            must_be_finite=False,
         )
         images = self.vqvae.decode(tokens).cpu()
         pairs = gather_to_rank_zero(list(zip(to_pil(images), captions)))

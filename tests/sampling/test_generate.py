@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
-from lgpt.core.errors import SettingsError
+from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.sampling.generate import generate_tokens
 
@@ -97,3 +99,13 @@ def test_what_does_not_fit_together_is_refused(model: LatentGPT) -> None:
         generate_tokens(model, text, mask, seeds=[1, 2])
     with pytest.raises(SettingsError, match="temperature must be greater than 0, got 0"):
         generate_tokens(model, text, mask, temperature=0.0, seeds=[1, 2, 3])
+
+
+def test_weights_that_are_not_finite_are_refused_and_can_be_drawn_on_with(model: LatentGPT) -> None:
+    broken = copy.deepcopy(model)
+    for parameter in broken.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match=r"logits are not finite.*an earlier checkpoint"):
+        generate_tokens(broken, seeds=[1, 2])
+    tokens = generate_tokens(broken, seeds=[1, 2], must_be_finite=False)
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.codebook_size

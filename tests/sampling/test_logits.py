@@ -65,6 +65,12 @@ def test_draw_never_takes_what_was_filtered_out_even_at_the_very_end() -> None:
     assert int(draw(logits, torch.tensor([1 - 2**-53], dtype=torch.float64))) == 8999
 
 
+def test_logits_that_are_nan_still_give_a_code() -> None:
+    logits = torch.tensor([[float("nan")] * 4, [0.0, float("inf"), 0.0, 0.0], [0.0] * 4])
+    tokens = draw(logits, torch.tensor([0.5, 0.5, 0.6]))
+    assert tokens.tolist() == [3, 3, 2]
+
+
 def test_draws_have_the_softmax_s_frequencies() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     torch.manual_seed(0)
