@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Union
 
@@ -114,7 +116,8 @@ class VQVAE(nn.Module):
 
         Keep the weights in float32 for this: bf16 changes tokens (3 of 32 in the reference set).
         """
-        return self.quantize.tokens_of(self.latents(images))
+        with _whole_float32():
+            return self.quantize.tokens_of(self.latents(images))
 
     def decode(self, tokens: Int[Tensor, "batch h w"]) -> Float[Tensor, "batch 3 H W"]:
         """Pictures of tokens, not clipped: values slightly outside [-1, 1] occur."""
@@ -155,6 +158,26 @@ class VQVAE(nn.Module):
         model = cls(VQVAEConfig.from_dict(values))
         load_strictly(model, *read_weights(folder))
         return model.eval()
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """No TF32 (10 bits of mantissa for float32's 23), which cuDNN takes by default from Ampere on.
+
+    The switches are tested on a CPU, where they decide nothing; what they change on a GPU is not.
+    """
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def inference_state(vqvae: VQVAE) -> dict[str, Tensor]:

@@ -134,3 +134,27 @@ def test_folder_that_does_not_fit_names_what_is_wrong(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
         with pytest.raises(CheckpointError, match=message):
             VQVAE.from_pretrained(tmp_path)
+
+
+def test_encode_switches_tf32_off_and_leaves_the_switches_as_they_were() -> None:
+    vqvae = VQVAE(TINY).eval()
+    seen = []
+    vqvae.encoder.register_forward_hook(lambda *_: seen.append(tf32_switches()))
+    before = tf32_switches()
+    assert before[0], "torch's own default changed: the switch may no longer be needed"
+    vqvae.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="multiples of 2"):
+        vqvae.encode(torch.zeros(1, 3, 9, 8))
+    assert seen == [(False, "highest", *before[2:])]
+    assert tf32_switches() == before
+
+
+def tf32_switches() -> tuple[bool, str, bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return (
+        cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+    )
