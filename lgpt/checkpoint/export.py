@@ -35,6 +35,7 @@ from lgpt.core.files import (
     write_text_atomically,
 )
 from lgpt.core.logging import get_logger
+from lgpt.models.clip_encoder import ClipTextEncoder
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.strict_loading import load_strictly
 from lgpt.models.vqgan_import import load_vqvae
@@ -163,12 +164,29 @@ def _save_vqvae(described: Mapping[str, Any], folder: Path) -> None:
 
 
 def _save_text_encoder(described: Optional[Mapping[str, Any]], staging: Path) -> Optional[str]:
-    """Copy a local text encoder; returns what pipeline.json calls it."""
+    """Copy a local text encoder; returns what pipeline.json calls it.
+
+    It must still be the one that was trained with. One of the hub is compared by its digest when
+    the pipeline opens it.
+    """
     if described is None:
         return None
     name = str(described["name"])
     if not Path(name).is_dir():
+        if described["is_random"]:
+            raise CheckpointError(
+                f"The random text encoder {name} that the transformer was trained with is gone, "
+                "and no hub has it: bring its folder back, or run from the folder in which the "
+                "training was started."
+            )
         return name
+    digest = ClipTextEncoder.from_pretrained(name).digest
+    if described.get("digest", digest) != digest:  # older checkpoints hold none
+        raise CheckpointError(
+            f"The text encoder in {name} has changed since the transformer was trained with it "
+            f"(digest {described['digest'][:12]} then, {digest[:12]} now): bring the old one back, "
+            "or train again."
+        )
     shutil.copytree(name, staging / "text_encoder")
     return "text_encoder"
 
@@ -182,6 +200,7 @@ def _write_pipeline(
         "vqvae": "vqvae",
         "text_encoder": encoder,
         "text_encoder_is_random": bool(described and described["is_random"]),
+        "text_encoder_digest": None if described is None else described.get("digest"),
         "sampling": sampling,
     }
     write_json_atomically(staging / "pipeline.json", pipeline)

@@ -40,6 +40,7 @@ class TextToImagePipeline:
         text_encoder: Name or folder of its CLIP, opened at the first prompt; None for an
             unconditional model.
         sampling: Defaults of guidance, temperature, top_k and top_p.
+        text_encoder_digest: Of the text encoder it was trained with; None takes any that fits.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TextToImagePipeline:
         vqvae: VQVAE,
         text_encoder: Optional[Union[str, Path]],
         sampling: Optional[dict[str, Any]] = None,
+        text_encoder_digest: Optional[str] = None,
     ) -> None:
         if vqvae.vocab_size != model.config.codebook_size:
             raise CheckpointError(
@@ -55,7 +57,7 @@ class TextToImagePipeline:
                 f"{vqvae.vocab_size}: they do not belong together."
             )
         self.model, self.vqvae = model, vqvae
-        self._encoder_name = text_encoder
+        self._encoder_name, self._encoder_digest = text_encoder, text_encoder_digest
         self._encoder: Optional[ClipTextEncoder] = None
         self.sampling = {**_SAMPLING, **(sampling or {})}
 
@@ -86,7 +88,8 @@ class TextToImagePipeline:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = LatentGPT.from_pretrained(source).to(device)
         vqvae = VQVAE.from_pretrained(source / parts.get("vqvae", "vqvae")).to(device)
-        return cls(model, vqvae, name, parts.get("sampling"))
+        digest = parts.get("text_encoder_digest")
+        return cls(model, vqvae, name, parts.get("sampling"), digest)
 
     @property
     def text_encoder(self) -> ClipTextEncoder:
@@ -94,7 +97,7 @@ class TextToImagePipeline:
 
         Raises:
             SettingsError: The model is unconditional.
-            CheckpointError: The encoder cannot be opened or has another width.
+            CheckpointError: The encoder cannot be opened, or is not the one that was trained with.
         """
         if self._encoder_name is None or self.model.config.text_width is None:
             raise SettingsError(
@@ -107,6 +110,12 @@ class TextToImagePipeline:
                 raise CheckpointError(
                     f"text encoder {encoder.name} has width {encoder.width}, the transformer was "
                     f"trained with {self.model.config.text_width}."
+                )
+            if self._encoder_digest not in (None, encoder.digest):
+                raise CheckpointError(
+                    f"text encoder {encoder.name} is not the one that the transformer was trained "
+                    f"with (digest {self._encoder_digest[:12]} then, {encoder.digest[:12]} now): "
+                    "put that one where pipeline.json names it."
                 )
             self._encoder = encoder.to(self._device)
         return self._encoder

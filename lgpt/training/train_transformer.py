@@ -105,7 +105,11 @@ class TransformerTask:
         run, encoder = self.run, self.text_encoder
         text = None
         if encoder is not None:
-            text = {"name": text_encoder_name(run), "is_random": encoder.is_random}
+            text = {
+                "name": text_encoder_name(run),
+                "is_random": encoder.is_random,
+                "digest": encoder.digest,
+            }
         return {
             "kind": "latent_gpt",
             "config": self.model_config.to_dict(),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lgpt.checkpoint.convert import merged_weights
 from lgpt.checkpoint.export import convert_run
 from lgpt.core.errors import CheckpointError, SettingsError
+from lgpt.models.clip_encoder import make_random_clip_text_encoder
 from lgpt.models.latent_gpt import LatentGPT
 from lgpt.models.vqgan_import import load_vqvae
 from lgpt.models.vqvae import VQVAE
@@ -64,6 +65,7 @@ def test_a_transformer_run_becomes_a_folder_that_draws(phase3, tmp_path):
         "vqvae": "vqvae",
         "text_encoder": "text_encoder",
         "text_encoder_is_random": True,
+        "text_encoder_digest": pipeline.text_encoder.digest,
         "sampling": {"guidance": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0},
     }
 
@@ -146,6 +148,28 @@ def test_a_vqvae_that_changed_since_training_is_refused_with_both_digests(phase3
     assert [path.name for path in tmp_path.iterdir()] == ["step_7"], "half an export is left"
 
 
+def test_a_text_encoder_that_changed_since_training_is_refused_with_both_digests(phase3, tmp_path):
+    copy = edited_copy(phase3, tmp_path, text_encoder={"digest": "0123456789abcdef"})
+    with pytest.raises(CheckpointError, match=r"encoder .*0123456789ab then, [0-9a-f]{12} now"):
+        convert_run(copy, tmp_path / "model")
+
+
+def test_a_random_text_encoder_that_is_gone_is_no_name_of_the_hub(phase3, tmp_path):
+    copy = edited_copy(phase3, tmp_path, text_encoder={"name": str(tmp_path / "gone")})
+    with pytest.raises(CheckpointError, match=r"random text encoder .*gone .* is gone"):
+        convert_run(copy, tmp_path / "model")
+
+
+def test_a_model_folder_with_another_text_encoder_draws_nothing(phase3, tmp_path):
+    out = tmp_path / "model"
+    convert_run(phase3, out)
+    words = ["another encoder of the same width"]
+    make_random_clip_text_encoder(out / "text_encoder", words, width=32, layers=1)
+    pipeline = TextToImagePipeline.from_pretrained(out, device="cpu")
+    with pytest.raises(CheckpointError, match=r"not the one that .* was trained with \(digest"):
+        pipeline(["a red circle"])
+
+
 def test_a_config_of_another_model_names_what_does_not_fit(phase3, tmp_path):
     copy = edited_copy(phase3, tmp_path, config={"layers": 2})
     with pytest.raises(CheckpointError, match=r"missing .*blocks\.1\."):
@@ -153,12 +177,13 @@ def test_a_config_of_another_model_names_what_does_not_fit(phase3, tmp_path):
 
 
 def test_a_text_encoder_from_the_hub_is_named_and_not_copied(phase3, tmp_path):
-    encoder = {"name": "openai/clip-vit-base-patch32", "is_random": False}
+    encoder = {"name": "openai/clip-vit-base-patch32", "is_random": False, "digest": "0123"}
     copy = edited_copy(phase3, tmp_path, text_encoder=encoder)
     convert_run(copy, tmp_path / "model")
     pipeline = json.loads((tmp_path / "model" / "pipeline.json").read_text())
     assert pipeline["text_encoder"] == "openai/clip-vit-base-patch32"
     assert pipeline["text_encoder_is_random"] is False
+    assert pipeline["text_encoder_digest"] == "0123"
     assert not (tmp_path / "model" / "text_encoder").exists()
     assert "RANDOM" not in (tmp_path / "model" / "README.md").read_text()
 

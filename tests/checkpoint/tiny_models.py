@@ -56,6 +56,7 @@ def write_parts(home: Path) -> None:
     make_random_clip_text_encoder(
         home / "text_encoder", ["a red circle", "a blue square"], width=TEXT_WIDTH, layers=1
     )
+    encoder = ClipTextEncoder.from_pretrained(home / "text_encoder")
     source = {"source": "custom", "checkpoint": str(home / "vqvae")}
     runs: dict[str, dict[str, Any]] = {
         "phase2": {"phase": 2, "name": "tiny-phase2", **COMMON, "vqvae": VQVAE_SETTINGS},
@@ -86,8 +87,9 @@ def write_parts(home: Path) -> None:
                 "digest": VQVAE.from_pretrained(home / "vqvae").weights_digest(),
             },
             "text_encoder": {
-                "name": str(home / "text_encoder"),
-                "is_random": ClipTextEncoder.from_pretrained(home / "text_encoder").is_random,
+                "name": encoder.name,
+                "is_random": encoder.is_random,
+                "digest": encoder.digest,
             },
         },
     }
