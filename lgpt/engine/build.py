@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lgpt.engine.start import Float32Products, load_deepspeed
+from lgpt.models.latent_gpt import Block
 from lgpt.models.quantizer import Codebook
 from lgpt.settings.training import OptimizerSettings
 
@@ -69,6 +70,12 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     if Float32Products.is_on:
         # DeepSpeed's own linear function multiplies in bf16 in its backward (seen: 2 s a step).
         config["zero_optimization"]["memory_efficient_linear"] = False
+    if config["zero_optimization"]["stage"] == 3 and any(
+        isinstance(m, Block) for m in model.modules()
+    ):
+        # Gathered and released as a whole: hooks and messages a block, not a matrix. Two gloo ranks
+        # did 1.7 times the steps (test_convert.py and test_three_phases.py draw through it).
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw, config=config, dist_init_required=False
     )

@@ -193,13 +193,16 @@ def _fillable_values(run: RunSettings) -> dict[KeyPath, Any]:
 
     Buckets of 64 x width^2 elements: 67M (134 MB in bf16) at width 1024, so that a model of 24
     layers is reduced in about eight messages; DeepSpeed's 5e8 would be one bucket larger than the
-    model. ZeRO-3 prefetches one layer (about 20 x width^2) and keeps vectors whole (10 x width, as
-    transformers does).
+    model. ZeRO-3 prefetches one layer (about 20 x width^2). Of the VQ-VAE it keeps vectors whole
+    (10 x width, as transformers does); the transformer's come with their block (engine/build.py),
+    while each one kept whole would be gathered by itself after every step.
     """
     if isinstance(run, Phase2):
         width = run.vqvae.ch * max(run.vqvae.ch_mult)
+        kept_whole = 10 * width
     else:
         width = run.transformer.hidden
+        kept_whole = 0
     zero = "zero_optimization"
     values: dict[KeyPath, Any] = {
         (zero, "reduce_bucket_size"): 64 * width**2,
@@ -209,7 +212,7 @@ def _fillable_values(run: RunSettings) -> dict[KeyPath, Any]:
     }
     for prefix in ("", "stage3_"):
         values[zero, f"{prefix}prefetch_bucket_size"] = 20 * width**2
-        values[zero, f"{prefix}param_persistence_threshold"] = 10 * width
+        values[zero, f"{prefix}param_persistence_threshold"] = kept_whole
     return values
 
 
