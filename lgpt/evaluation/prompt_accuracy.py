@@ -61,8 +61,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Draw from prompts with a model folder, score the pictures, and keep the result in the folder.
 
-    Prompts: `count` of one object in a (shape, colour) pair that training never showed, half as
-    many of two such objects, and half as many of one object in a pair that it did show.
+    Prompts: `count` of one object whose shape, colour and place training never showed together,
+    half as many of two such objects, and half as many of one object that it did show.
 
     Args:
         model_folder: Written by `lgpt convert`, trained on shapes.
@@ -79,9 +79,9 @@ def evaluate_model(
         pipeline.sampling["guidance"] = guidance
     half = (count + 1) // 2
     asked = {
-        "one object, held-out pair": held_out_prompts(count, objects=1, seed=seed),
-        "two objects, held-out pairs": held_out_prompts(half, objects=2, seed=seed),
-        "one object, seen pair": seen_prompts(half, objects=1, seed=seed),
+        "one object, held out": held_out_prompts(count, objects=1, seed=seed),
+        "two objects, held out": held_out_prompts(half, objects=2, seed=seed),
+        "one object, seen": seen_prompts(half, objects=1, seed=seed),
     }
     result: dict[str, Any] = {
         "guidance": pipeline.sampling["guidance"],

@@ -21,7 +21,7 @@ from lgpt.data.shapes import (
     draw,
     held_out_prompts,
     is_held_out,
-    is_held_out_pair,
+    is_held_out_combination,
     seen_prompts,
 )
 from lgpt.data.shapes_check import check, read_picture
@@ -139,20 +139,21 @@ def test_captions_keep_the_words_of_an_object_together():
     assert not set(captions) & set(captions_of(Scene(swapped, "white")))
 
 
-def test_a_sixth_of_the_pairs_is_held_out_with_every_shape_and_colour_still_seen():
-    pairs = [(s, c) for s in SHAPES for c in COLOURS]
-    held_out = [pair for pair in pairs if is_held_out_pair(*pair)]
-    assert 6 * len(held_out) == len(pairs)
-    assert {shape for shape, _ in held_out} == set(SHAPES)
-    assert {colour for _, colour in held_out} == set(COLOURS)
+def test_a_sixth_of_the_combinations_is_held_out_and_every_two_of_three_still_seen():
+    combinations = [(s, c, p) for s in SHAPES for c in COLOURS for p in POSITIONS]
+    seen = [one for one in combinations if not is_held_out_combination(*one)]
+    assert 6 * (len(combinations) - len(seen)) == len(combinations)
+    assert {(s, c) for s, c, _ in seen} == {(s, c) for s in SHAPES for c in COLOURS}
+    assert {(s, p) for s, _, p in seen} == {(s, p) for s in SHAPES for p in POSITIONS}
+    assert {(c, p) for _, c, p in seen} == {(c, p) for c in COLOURS for p in POSITIONS}
 
 
-def test_train_and_val_never_show_a_held_out_pair_and_test_shows_nothing_else():
+def test_train_and_val_never_show_what_is_held_out_and_test_shows_nothing_else():
     for split in ("train", "val"):
         assert not any(is_held_out(dataset(split).scene(i)) for i in range(300))
     for i in range(300):
         things = dataset("test").scene(i).objects
-        assert all(is_held_out_pair(t.shape, t.colour) for t in things)
+        assert all(is_held_out_combination(t.shape, t.colour, t.position) for t in things)
 
 
 def test_prompts_belong_to_their_scenes_and_to_their_side_of_the_split():
