@@ -1,9 +1,9 @@
 """Drawn scenes of one or two coloured shapes, each with five captions: a small text-to-image set.
 
 What a caption says is exactly what the picture shows, so that `shapes_check.check` can measure how
-often a model draws what it was asked for. A sixth of the combinations of shape, colour and place is held out:
-these never appear in training, and prompts made of them ask for pictures the model cannot have
-memorised.
+often a model draws what it was asked for. A sixth of the combinations of shape, colour and place is
+held out: these never appear in training, and prompts made of them ask for pictures the model cannot
+have memorised.
 
 Lengths are fractions of the picture's side, x to the right and y downwards.
 """
