@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional
 
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.files import write_text_atomically
@@ -213,21 +214,14 @@ def export_taming(vqvae: VQVAE, folder: Union[str, Path]) -> Path:
     """Write `last.ckpt` and `model.yaml` that taming's strict `VQModel` load takes.
 
     Args:
-        vqvae: Not with l2-normalized codes: taming's decoder would get other vectors.
+        vqvae: From any source. Codes of unit length are written at unit length: between such codes
+            taming's distance |z|^2 - 2 z.e + 1 chooses as the angle does, however long z is.
         folder: Made if need be.
 
     Returns:
         The .ckpt.
-
-    Raises:
-        CheckpointError: The VQ-VAE uses what taming does not have.
     """
     config = vqvae.config
-    if config.l2_normalized_codes:
-        raise CheckpointError(
-            "taming-transformers has no l2-normalized codes: a VQ-VAE with "
-            "vqvae.l2_normalized_codes cannot be exported to its layout."
-        )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     ddconfig = {
@@ -248,6 +242,9 @@ def export_taming(vqvae: VQVAE, folder: Union[str, Path]) -> Path:
         name: tensor.detach().cpu().float().contiguous()
         for name, tensor in inference_state(vqvae).items()
     }
+    if config.l2_normalized_codes:
+        codes = state["quantize.embedding.weight"]
+        state["quantize.embedding.weight"] = functional.normalize(codes, dim=1)
     staged = target / ".last.ckpt.tmp"
     torch.save({"state_dict": state}, staged)
     return staged.replace(target / "last.ckpt")

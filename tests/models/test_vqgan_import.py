@@ -281,9 +281,19 @@ def test_export_of_a_taming_model_has_taming_s_own_keys_and_yaml(tmp_path: Path,
     assert ours == reference
 
 
-def test_normalized_codes_cannot_be_exported_to_taming(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no l2-normalized codes"):
-        export_taming(_tiny(l2_normalized_codes=True), tmp_path)
+def test_unit_length_codes_mean_the_same_in_taming_s_layout(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vqvae = _tiny(l2_normalized_codes=True).eval()
+    with torch.no_grad():
+        vqvae.quantize.embedding.weight.mul_(torch.rand(16, 1) * 5 + 0.1)  # only directions count
+    export_taming(vqvae, tmp_path)
+    again = load_vqvae("pretrained_taming", tmp_path)
+    assert not again.config.l2_normalized_codes
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    tokens = vqvae.encode(images)
+    assert len(tokens.unique()) > 4
+    assert torch.equal(again.encode(images), tokens)
+    torch.testing.assert_close(again.decode(tokens), vqvae.decode(tokens), atol=1e-5, rtol=0)
 
 
 def test_custom_takes_a_model_folder_or_a_run_folder_around_it(tmp_path: Path) -> None:
