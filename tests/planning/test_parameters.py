@@ -96,7 +96,8 @@ def test_the_random_encoder_has_the_width_it_is_made_with(tmp_path):
     run = load_run_settings("demo/phase3_shapes", environ={})
     make_random_clip_text_encoder(tmp_path, ["a red circle"])
     width = ClipTextEncoder.from_pretrained(tmp_path).width
-    assert run_parameters(run) == latent_gpt_parameters(run.transformer, 512, 64, width)
+    codes, tokens = run.vqvae.codebook_size, 8 * 8
+    assert run_parameters(run) == latent_gpt_parameters(run.transformer, codes, tokens, width)
 
 
 @pytest.mark.parametrize(
