@@ -76,6 +76,9 @@ def start(clone: Path, *words: str, **environment: str) -> subprocess.Popen[str]
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Tests started in the background ignore SIGINT, and a shell cannot trap what it inherits
+        # as ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
