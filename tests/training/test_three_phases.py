@@ -45,7 +45,7 @@ def _lgpt(*words: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 def _deepspeed(config: Path) -> list[str]:
-    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--module", "lgpt", "train", str(config)]
+    return [*tiny.launcher(), "--module", "lgpt", "train", str(config)]
 
 
 def _metrics(run_folder: Path) -> list[dict[str, Any]]:

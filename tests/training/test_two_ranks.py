@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 WORKER = Path(__file__).with_name("two_ranks.py")
 pytestmark = pytest.mark.slow
@@ -24,12 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     done = subprocess.run(
-        [launcher, "--num_gpus", "2", "--master_port", str(port), str(WORKER), str(folder)],
+        [*tiny.launcher(), str(WORKER), str(folder)],
         capture_output=True,
         text=True,
         timeout=300,

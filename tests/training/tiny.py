@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ VQVAE = {
     "codebook_update": "ema",
 }
 TRANSFORMER = {"layers": 2, "hidden": 32, "heads": 2, "mlp_hidden": 48}
+
+
+def launcher(ranks: int = 2) -> list[str]:
+    """DeepSpeed's launcher on a port of its own: another training on the machine is not met."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    return [program, "--num_gpus", str(ranks), "--master_port", str(port)]
 
 
 def training(max_steps: int, precision: str = "fp32") -> dict[str, Any]:
