@@ -9,9 +9,8 @@ Layouts: REFERENCE of the formats is the code of taming-transformers 3ba01b24 an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 import yaml
@@ -21,24 +20,20 @@ from torch.nn import functional
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.files import write_text_atomically
 from lgpt.core.logging import get_logger
+from lgpt.models.ddconfig import (
+    FIXED_DDCONFIG,
+    SHAPING_DDCONFIG,
+    config_from_ddconfig,
+    config_from_yaml,
+)
 from lgpt.models.flax_weights import read_flax_folder
 from lgpt.models.strict_loading import load_strictly
 from lgpt.models.taming_checkpoint import read_taming_state
 from lgpt.models.vqvae import VQVAE, inference_state
-from lgpt.models.vqvae_config import VQVAEConfig
 
 _logger = get_logger(__name__)
 
 _INPUT_RANGES = ("-1..1", "0..1")
-_FIXED_DDCONFIG = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
-_SHAPING_DDCONFIG = (
-    "z_channels",
-    "ch",
-    "ch_mult",
-    "num_res_blocks",
-    "attn_resolutions",
-    "resolution",
-)
 
 
 def load_vqvae(
@@ -96,7 +91,7 @@ def _load_custom(folder: Path, input_range: str) -> VQVAE:
 def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_range: str) -> VQVAE:
     weights = _taming_file(checkpoint)
     config_path = Path(ddconfig) if ddconfig is not None else _yaml_beside(weights)
-    config = _config_from_yaml(config_path, input_range)
+    config = config_from_yaml(config_path, input_range)
     state, remarks = read_taming_state(weights)
     vqvae = VQVAE(config)
     load_strictly(vqvae, state, str(weights))
@@ -110,7 +105,7 @@ def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_r
 def _load_flax(checkpoint: str, input_range: str) -> VQVAE:
     folder = _local_or_downloaded(checkpoint)
     values, state = read_flax_folder(folder)
-    config = _config_from_ddconfig(
+    config = config_from_ddconfig(
         values, values.get("n_embed"), values.get("embed_dim"), folder / "config.json", input_range
     )
     vqvae = VQVAE(config)
@@ -156,43 +151,6 @@ def _yaml_beside(weights: Path) -> Path:
     return found[0]
 
 
-def _config_from_yaml(path: Path, input_range: str) -> VQVAEConfig:
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    try:
-        params = document["model"]["params"]
-        if "first_stage_config" in params:  # the yaml of a second-stage (Net2Net) model
-            params = params["first_stage_config"]["params"]
-        values, codes, width = params["ddconfig"], params["n_embed"], params["embed_dim"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not the yaml of a taming VQGAN: model.params needs ddconfig, n_embed and "
-            "embed_dim."
-        ) from error
-    return _config_from_ddconfig(values, codes, width, path, input_range)
-
-
-def _config_from_ddconfig(
-    values: Mapping[str, Any], codes: Any, width: Any, path: Path, input_range: str
-) -> VQVAEConfig:
-    given = {**values, "n_embed": codes, "embed_dim": width}
-    needed = (*_SHAPING_DDCONFIG, "n_embed", "embed_dim")
-    problems = [f"{key} is missing" for key in needed if given.get(key) is None]
-    problems += [
-        f"{key} is {values[key]}, only {expected} is supported"
-        for key, expected in _FIXED_DDCONFIG.items()
-        if key in values and values[key] != expected
-    ]
-    if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}.")
-    shape = {key: values[key] for key in _SHAPING_DDCONFIG}
-    return VQVAEConfig.from_dict(
-        {"codebook_size": codes, "code_dim": width, "input_range": input_range, **shape}
-    )
-
-
 def _local_or_downloaded(checkpoint: str) -> Path:
     """A folder as it is; otherwise a hub name, from the local hub cache or the hub."""
     if Path(checkpoint).is_dir():
@@ -225,8 +183,8 @@ def export_taming(vqvae: VQVAE, folder: Union[str, Path]) -> Path:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     ddconfig = {
-        **{key: config.to_dict()[key] for key in _SHAPING_DDCONFIG},
-        **{key: _FIXED_DDCONFIG[key] for key in ("double_z", "in_channels", "out_ch")},
+        **{key: config.to_dict()[key] for key in SHAPING_DDCONFIG},
+        **{key: FIXED_DDCONFIG[key] for key in ("double_z", "in_channels", "out_ch")},
         "dropout": config.dropout,
     }
     params = {
