@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Union
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,12 +42,15 @@ def read_model_config(
         maker: A sentence on where such a folder comes from, for messages.
 
     Raises:
-        CheckpointError: A file is missing, or the config describes something else.
+        CheckpointError: A file is missing or damaged, or the config describes something else.
     """
     require_files(folder, (CONFIG_FILE, WEIGHTS_FILE), folder_kind, f". {maker}")
     path = Path(folder) / CONFIG_FILE
-    values: dict[str, Any] = json.loads(path.read_text())
-    if values.pop("model_type", None) != model_type:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(values, dict) or values.pop("model_type", None) != model_type:
         raise CheckpointError(f"{path} does not describe {kind} (model_type).")
     return values
 
@@ -66,9 +70,18 @@ def require_files(
 
 
 def read_weights(folder: Union[str, Path]) -> tuple[dict[str, Tensor], str]:
-    """The tensors on the CPU, and the file's name for messages."""
+    """The tensors on the CPU, and the file's name for messages.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     path = Path(folder) / WEIGHTS_FILE
-    return load_file(path), str(path)
+    try:
+        return load_file(path), str(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Copy it again, or write the model folder again."
+        ) from error
 
 
 def check_fields(

@@ -9,6 +9,7 @@ Layouts: REFERENCE of the formats is the code of taming-transformers 3ba01b24 an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional, Union
 
@@ -23,17 +24,22 @@ from lgpt.core.logging import get_logger
 from lgpt.models.ddconfig import (
     FIXED_DDCONFIG,
     SHAPING_DDCONFIG,
-    config_from_ddconfig,
+    config_from_json,
     config_from_yaml,
 )
-from lgpt.models.flax_weights import read_flax_folder
-from lgpt.models.strict_loading import load_strictly
+from lgpt.models.flax_weights import FlaxLayout, read_flax_tensors
+from lgpt.models.model_folder import require_files
+from lgpt.models.strict_loading import (
+    Layout,
+    Matched,
+    match_strictly,
+    refuse_not_finite,
+)
 from lgpt.models.taming_checkpoint import read_taming_state
 from lgpt.models.vqvae import VQVAE, inference_state
+from lgpt.models.vqvae_config import INPUT_RANGES, VQVAEConfig
 
 _logger = get_logger(__name__)
-
-_INPUT_RANGES = ("-1..1", "0..1")
 
 
 def load_vqvae(
@@ -57,8 +63,8 @@ def load_vqvae(
         CheckpointError: Files are missing, damaged, unsafe, or not such a VQ-VAE.
         SettingsError: An unknown source or input range.
     """
-    if input_range not in _INPUT_RANGES:
-        raise SettingsError(f"input_range must be one of {_INPUT_RANGES}, got {input_range!r}.")
+    if input_range not in INPUT_RANGES:
+        raise SettingsError(f"input_range must be one of {INPUT_RANGES}, got {input_range!r}.")
     if ddconfig is not None and source != "pretrained_taming":
         raise SettingsError(f"ddconfig belongs to pretrained_taming only, the source is {source}.")
     if source == "custom":
@@ -80,6 +86,7 @@ def _load_custom(folder: Path, input_range: str) -> VQVAE:
             "VQ-VAE folder, or the run folder of a finished phase 2 run."
         )
     vqvae = VQVAE.from_pretrained(home)
+    refuse_not_finite(vqvae.state_dict(), str(home))
     if input_range != vqvae.config.input_range:
         raise CheckpointError(
             f"{home} was made for pictures in {vqvae.config.input_range}, input_range asks for "
@@ -90,27 +97,43 @@ def _load_custom(folder: Path, input_range: str) -> VQVAE:
 
 def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_range: str) -> VQVAE:
     weights = _taming_file(checkpoint)
+    tensors, layout, ignored = read_taming_state(weights)
     config_path = Path(ddconfig) if ddconfig is not None else _yaml_beside(weights)
-    config = config_from_yaml(config_path, input_range)
-    state, remarks = read_taming_state(weights)
-    vqvae = VQVAE(config)
-    load_strictly(vqvae, state, str(weights))
+    vqvae, matched = _filled(
+        config_from_yaml(config_path, input_range), tensors, str(weights), layout
+    )
+    remarks = [f"left out {len(names)} tensors of {why}" for why, names in ignored.items()]
     return _reported(
         vqvae,
-        f"taming VQGAN {weights} with {config_path.name}: all {len(state)} tensors matched",
+        f"taming VQGAN {weights} with {config_path.name}: all {len(matched.state)} tensors matched",
         *remarks,
     )
 
 
 def _load_flax(checkpoint: str, input_range: str) -> VQVAE:
     folder = _local_or_downloaded(checkpoint)
-    values, state = read_flax_folder(folder)
-    config = config_from_ddconfig(
-        values, values.get("n_embed"), values.get("embed_dim"), folder / "config.json", input_range
+    names = ("config.json", "flax_model.msgpack")
+    require_files(folder, names, "a Flax VQGAN", f"; it needs {' and '.join(names)}.")
+    config_path, weights = (folder / name for name in names)
+    vqvae, matched = _filled(
+        config_from_json(config_path, input_range),
+        read_flax_tensors(weights),
+        str(weights),
+        FlaxLayout(),
     )
+    return _reported(vqvae, f"Flax VQGAN {checkpoint}: all {len(matched.state)} tensors matched")
+
+
+def _filled(
+    config: VQVAEConfig, tensors: Mapping[str, Tensor], source: str, layout: Layout
+) -> tuple[VQVAE, Matched]:
+    """A VQ-VAE with a file's weights; nothing of its size is laid out before they fit."""
+    with torch.device("meta"):
+        expected = {k: tuple(t.shape) for k, t in VQVAE(config).state_dict().items()}
+    matched = match_strictly(expected, tensors, source, layout)
     vqvae = VQVAE(config)
-    load_strictly(vqvae, state, str(folder / "flax_model.msgpack"))
-    return _reported(vqvae, f"Flax VQGAN {checkpoint}: all {len(state)} tensors matched")
+    vqvae.load_state_dict(matched.state, strict=True)
+    return vqvae, matched
 
 
 def _reported(vqvae: VQVAE, *facts: str) -> VQVAE:

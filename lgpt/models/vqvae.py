@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lgpt.models.model_folder import read_model_config, read_weights, write_model_folder
 from lgpt.models.quantizer import VectorQuantizer
-from lgpt.models.strict_loading import load_strictly
+from lgpt.models.strict_loading import check_strictly, load_strictly
 from lgpt.models.vqvae_blocks import Decoder, Encoder
 from lgpt.models.vqvae_config import VQVAEConfig
 
@@ -155,8 +155,13 @@ class VQVAE(nn.Module):
             folder_kind="a VQ-VAE folder",
             maker="Give the folder that `save_pretrained` or `lgpt convert` wrote.",
         )
-        model = cls(VQVAEConfig.from_dict(values))
-        load_strictly(model, *read_weights(folder))
+        config = VQVAEConfig.from_dict(values)
+        state, path = read_weights(folder)
+        with torch.device("meta"):  # a damaged config must not lay out what the file does not hold
+            expected = cls(config).state_dict()
+        check_strictly(expected, state, path)
+        model = cls(config)
+        load_strictly(model, state, path)
         return model.eval()
 
 

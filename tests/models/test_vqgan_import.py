@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,11 @@ import yaml
 from torch import Tensor
 
 from lgpt.core.errors import CheckpointError, SettingsError
-from lgpt.models.flax_weights import read_flax_folder
+from lgpt.models.flax_weights import FlaxLayout
 from lgpt.models.vqgan_import import export_taming, load_vqvae
 from lgpt.models.vqvae import VQVAE, inference_state
 from lgpt.models.vqvae_config import VQVAEConfig
+from lgpt.settings.vqvae import VqvaeSettings
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SETS = [
@@ -62,27 +64,28 @@ def test_loading_leaves_torch_s_list_of_allowed_classes_as_it_was() -> None:
 
 
 def test_flax_names_map_as_vqgan_jax_maps_them() -> None:
-    """The full-size mapping, with the arrays replaced by their shapes."""
-    tree: dict = {}
-    expected = {}
+    """The real size: both key lists, one to one, with every shape and transposition."""
+    reference = json.loads((FIXTURES / "flax_f16_16384_keys.json").read_text())
+    theirs = {path: tuple(shape) for path, shape, _ in reference["keys"]}
+    layout, mapped = FlaxLayout(), {}
     with (FIXTURES / "taming_to_flax_f16_16384.tsv").open() as stream:
         for row in csv.DictReader(stream, delimiter="\t"):
-            *modules, leaf = row["flax path"].split("/")
-            node = tree
-            for name in modules:
-                node = node.setdefault(name, {})
-            shape = [int(side) for side in row["flax shape"].split("x")]
-            node[leaf] = np.broadcast_to(np.float32(0), shape)
-            expected[row["taming key"]] = [int(side) for side in row["taming shape"].split("x")]
-    from lgpt.models.flax_weights import _flatten, _taming_key, _taming_tensor
-
-    found = {}
-    for path, array in _flatten(tree, ()):
-        small = array[tuple(slice(0, 1) for _ in array.shape)]  # names and axes, not 300 MB
-        axes = (3, 2, 0, 1) if path[-1] == "kernel" else tuple(range(array.ndim))
-        found[_taming_key(path)] = [array.shape[axis] for axis in axes]
-        assert _taming_tensor(path, small).ndim == array.ndim
-    assert found == expected
+            key = row["taming key"]
+            ours, found = (
+                tuple(int(side) for side in row[f"{side_of} shape"].split("x"))
+                for side_of in ("taming", "flax")
+            )
+            mapped[key] = layout.name(key)
+            assert mapped[key] == row["flax path"]
+            assert layout.shapes(key, ours)[0] == found == theirs[mapped[key]]
+            assert tuple(found[axis] for axis in layout.axes(key, ours)) == ours
+            assert (layout.axes(key, ours) == (3, 2, 0, 1)) == ("transpose" in row["operation"])
+    assert sorted(mapped.values()) == sorted(theirs)  # onto
+    assert len(set(mapped.values())) == len(mapped) == reference["n_tensors"] == 343
+    assert sum(math.prod(shape) for shape in theirs.values()) == 76_073_859
+    with torch.device("meta"):
+        vqvae = VQVAE(VQVAEConfig.from_settings(VqvaeSettings()))
+    assert set(vqvae.state_dict()) == set(mapped)
 
 
 def _repacked(folder: Path, change: Callable[[tuple[str, ...], np.ndarray], object]) -> Path:
@@ -121,10 +124,9 @@ def test_old_flax_norms_and_chunked_arrays_read_the_same(tmp_path: Path) -> None
             }
         return _leaf(array)
 
-    _, usual = read_flax_folder(FIXTURES / "flax_tiny")
-    _, old = read_flax_folder(_repacked(tmp_path / "old", older))
-    assert usual.keys() == old.keys()
-    assert all(torch.equal(usual[name], old[name]) for name in usual)
+    usual = load_vqvae("pretrained_hf", FIXTURES / "flax_tiny")
+    old = load_vqvae("pretrained_hf", _repacked(tmp_path / "old", older))
+    assert usual.weights_digest() == old.weights_digest()
 
 
 def test_flax_file_with_a_missing_tensor_or_cut_off_is_refused(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_flax_file_with_a_missing_tensor_or_cut_off_is_refused(tmp_path: Path) -
     tree = msgpack.unpackb((FIXTURES / "flax_tiny" / "flax_model.msgpack").read_bytes(), raw=False)
     del tree["quant_conv"]["bias"]
     weights.write_bytes(msgpack.packb(tree, use_bin_type=True))
-    with pytest.raises(CheckpointError, match=r"missing quant_conv\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing quant_conv/bias \(here quant_conv\.bias\)"):
         load_vqvae("pretrained_hf", folder)
 
 
