@@ -45,7 +45,11 @@ def read_taming_state(path: Path) -> tuple[dict[str, Tensor], TamingLayout, dict
             f"{path} is a GumbelVQ (quantize.embed and quantize.proj), not a VQModel with "
             "quantize.embedding; its tokens are chosen in another way and cannot be read here."
         )
-    if any(name.startswith("encoder.conv_blocks.") for name in tensors):
+    llamagen = content.get("model")  # where its files keep their tensors
+    if any(
+        str(name).startswith("encoder.conv_blocks.")
+        for name in (*tensors, *(llamagen if isinstance(llamagen, Mapping) else ()))
+    ):
         raise CheckpointError(
             f"{path} is a LlamaGen VQ (encoder.conv_blocks), not a taming VQGAN; its source is "
             "pretrained_llamagen."

@@ -2,9 +2,11 @@
 
     pretrained_taming   a taming-transformers .ckpt and its model.yaml
     pretrained_hf       its Flax port (vqgan-jax): config.json and flax_model.msgpack
+    pretrained_llamagen LlamaGen's vq_ds16 and vq_ds8: a .pt that needs no config
     custom              our own folder, or a phase 2 run folder with `model/` inside
 
-Layouts: REFERENCE of the formats is the code of taming-transformers 3ba01b24 and vqgan-jax 10ef240.
+REFERENCE of the formats is the code of taming-transformers 3ba01b24, vqgan-jax 10ef240 and LlamaGen
+ce98ec41.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ from lgpt.models.ddconfig import (
     config_from_yaml,
 )
 from lgpt.models.flax_weights import FlaxLayout, read_flax_tensors
+from lgpt.models.llamagen_checkpoint import (
+    LlamagenLayout,
+    config_from_tensors,
+    read_llamagen_state,
+)
 from lgpt.models.model_folder import require_files
+from lgpt.models.source_files import flax_folder, llamagen_file, taming_file, yaml_beside
 from lgpt.models.strict_loading import (
     Layout,
     Matched,
@@ -40,6 +48,8 @@ from lgpt.models.vqvae import VQVAE, inference_state
 from lgpt.models.vqvae_config import INPUT_RANGES, VQVAEConfig
 
 _logger = get_logger(__name__)
+
+SOURCES = ("pretrained_hf", "pretrained_taming", "pretrained_llamagen", "custom")
 
 
 def load_vqvae(
@@ -53,8 +63,8 @@ def load_vqvae(
     What matched is logged and kept in `vqvae.report`.
 
     Args:
-        source: `pretrained_hf`, `pretrained_taming` or `custom`.
-        checkpoint: Hub name, folder or file.
+        source: `pretrained_hf`, `pretrained_taming`, `pretrained_llamagen` or `custom`.
+        checkpoint: Hub name (of `pretrained_hf` and `pretrained_llamagen`), folder or file.
         ddconfig: The model.yaml of a taming .ckpt, when it does not lie beside it.
         input_range: `0..1` for weights that are to be fed as dalle-mini's notebooks did. The
             pictures that `encode` takes and `decode` gives are in [-1, 1] either way.
@@ -73,9 +83,9 @@ def load_vqvae(
         return _load_taming(Path(checkpoint), ddconfig, input_range)
     if source == "pretrained_hf":
         return _load_flax(str(checkpoint), input_range)
-    raise SettingsError(
-        f"vqvae source {source!r} is not known: pretrained_hf, pretrained_taming or custom."
-    )
+    if source == "pretrained_llamagen":
+        return _load_llamagen(str(checkpoint), input_range)
+    raise SettingsError(f"vqvae source {source!r} is not known: it is one of {', '.join(SOURCES)}.")
 
 
 def _load_custom(folder: Path, input_range: str) -> VQVAE:
@@ -96,9 +106,9 @@ def _load_custom(folder: Path, input_range: str) -> VQVAE:
 
 
 def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_range: str) -> VQVAE:
-    weights = _taming_file(checkpoint)
+    weights = taming_file(checkpoint)
     tensors, layout, ignored = read_taming_state(weights)
-    config_path = Path(ddconfig) if ddconfig is not None else _yaml_beside(weights)
+    config_path = Path(ddconfig) if ddconfig is not None else yaml_beside(weights)
     vqvae, matched = _filled(
         config_from_yaml(config_path, input_range), tensors, str(weights), layout
     )
@@ -111,7 +121,7 @@ def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_r
 
 
 def _load_flax(checkpoint: str, input_range: str) -> VQVAE:
-    folder = _local_or_downloaded(checkpoint)
+    folder = flax_folder(checkpoint)
     names = ("config.json", "flax_model.msgpack")
     require_files(folder, names, "a Flax VQGAN", f"; it needs {' and '.join(names)}.")
     config_path, weights = (folder / name for name in names)
@@ -122,6 +132,21 @@ def _load_flax(checkpoint: str, input_range: str) -> VQVAE:
         FlaxLayout(),
     )
     return _reported(vqvae, f"Flax VQGAN {checkpoint}: all {len(matched.state)} tensors matched")
+
+
+def _load_llamagen(checkpoint: str, input_range: str) -> VQVAE:
+    weights = llamagen_file(checkpoint)
+    tensors, home, ignored = read_llamagen_state(weights)
+    config = config_from_tensors(tensors, weights, input_range)
+    layout = LlamagenLayout(len(config.ch_mult))
+    vqvae, matched = _filled(config, tensors, str(weights), layout)
+    where = f" ({home})" if home else ""
+    remarks = [f"left out {len(names)} tensors of {why}" for why, names in ignored.items()]
+    return _reported(
+        vqvae,
+        f"LlamaGen VQ {weights}{where}: all {len(matched.state)} tensors matched",
+        *remarks,
+    )
 
 
 def _filled(
@@ -146,49 +171,6 @@ def _reported(vqvae: VQVAE, *facts: str) -> VQVAE:
     for fact in vqvae.report:
         _logger.info("%s", fact)
     return vqvae.eval()
-
-
-def _taming_file(checkpoint: Path) -> Path:
-    if checkpoint.is_file():
-        return checkpoint
-    # taming's logs/<run>/ keeps weights and configs in sub folders.
-    for folder in (checkpoint, checkpoint / "checkpoints"):
-        for name in ("last.ckpt", "model.ckpt"):
-            if (folder / name).is_file():
-                return folder / name
-    raise CheckpointError(
-        f"{checkpoint} is neither a .ckpt file nor a folder with last.ckpt or model.ckpt in it."
-    )
-
-
-def _yaml_beside(weights: Path) -> Path:
-    beside = (weights.parent / "model.yaml", weights.with_suffix(".yaml"))
-    found = [path for path in beside if path.is_file()]
-    # taming's training writes configs/<time>-project.yaml beside checkpoints/.
-    found += sorted((weights.parent.parent / "configs").glob("*project.yaml"))
-    if not found:
-        raise CheckpointError(
-            f"{weights} has no model.yaml beside it, and a taming .ckpt does not hold its own "
-            "architecture; put the model's yaml there or name it in vqvae.ddconfig."
-        )
-    return found[0]
-
-
-def _local_or_downloaded(checkpoint: str) -> Path:
-    """A folder as it is; otherwise a hub name, from the local hub cache or the hub."""
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["config.json", "flax_model.msgpack"]
-        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except Exception as error:
-        # The hub client has its own tree of errors, over http, file and value errors.
-        raise CheckpointError(
-            f"VQ-VAE {checkpoint!r} is neither a folder nor a reachable hub model ({error}). Give "
-            "a folder with config.json and flax_model.msgpack."
-        ) from error
 
 
 def export_taming(vqvae: VQVAE, folder: Union[str, Path]) -> Path:

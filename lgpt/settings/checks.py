@@ -188,9 +188,8 @@ def _vqvae_source(run: TransformerRun, at: At) -> list[Problem]:
     if isinstance(run, Phase3) != (run.vqvae.source == "custom"):
         text = (
             f"{at('vqvae.source')} does not fit {at('phase')}: phase 1 trains on a pretrained "
-            "VQ-VAE "
-            "(pretrained_hf or pretrained_taming), phase 3 on your own (custom); change one of "
-            "them."
+            "VQ-VAE (pretrained_hf, pretrained_taming or pretrained_llamagen), phase 3 on your own "
+            "(custom); change one of them."
         )
         problems.append(_problem(text, "vqvae.source", "phase"))
     if run.vqvae.source != "pretrained_hf" and run.vqvae.checkpoint == _DALLE_MINI:

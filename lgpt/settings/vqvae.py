@@ -52,7 +52,9 @@ class VqvaeLossSettings(Section):
 class VqvaeSourceSettings(Section):
     """A trained VQ-VAE, and who made it."""
 
-    source: Literal["pretrained_hf", "pretrained_taming", "custom"] = "pretrained_hf"
+    source: Literal["pretrained_hf", "pretrained_taming", "pretrained_llamagen", "custom"] = (
+        "pretrained_hf"
+    )
     checkpoint: NameOrPath = Field(
         "dalle-mini/vqgan_imagenet_f16_16384",
         description="hub name, folder or file; for custom a model folder or a phase 2 run folder",

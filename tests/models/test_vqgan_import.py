@@ -29,6 +29,7 @@ SETS = [
     ("pretrained_taming", "taming_tiny"),
     ("pretrained_taming", "taming_f8_tiny"),
     ("pretrained_hf", "flax_tiny"),
+    ("pretrained_llamagen", "llamagen_vq_tiny"),
 ]
 
 

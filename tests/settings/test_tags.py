@@ -31,3 +31,10 @@ def test_tags_and_parameters_of_the_three_phases():
     parameters = logged_parameters(vqvae)
     assert (parameters["codebook_size"], parameters["downsample_factor"]) == (16384, 16)
     assert parameters["vqvae_checkpoint"] == "runs/phase2_vqvae"
+
+
+def test_llamagen_is_a_source_of_phase_1():
+    words = ["vqvae.source=pretrained_llamagen", "vqvae.checkpoint=vq_ds16_c2i.pt"]
+    run = load_run_settings("phase1_pretrained", words, {})
+    assert run_tags(run)["vqvae_source"] == "pretrained_llamagen"
+    assert logged_parameters(run)["vqvae_checkpoint"] == "vq_ds16_c2i.pt"
