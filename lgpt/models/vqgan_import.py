@@ -11,7 +11,7 @@ ce98ec41.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Optional, Union
 
@@ -35,6 +35,7 @@ from lgpt.models.llamagen_checkpoint import (
     config_from_tensors,
     read_llamagen_state,
 )
+from lgpt.models.loading_report import LoadingReport
 from lgpt.models.model_folder import require_files
 from lgpt.models.source_files import flax_folder, llamagen_file, taming_file, yaml_beside
 from lgpt.models.strict_loading import (
@@ -102,7 +103,11 @@ def _load_custom(folder: Path, input_range: str) -> VQVAE:
             f"{home} was made for pictures in {vqvae.config.input_range}, input_range asks for "
             f"{input_range}; leave input_range at {vqvae.config.input_range}."
         )
-    return _reported(vqvae, f"custom VQ-VAE {home}: all {len(vqvae.state_dict())} tensors matched")
+    state = inference_state(vqvae)
+    matched, ignored = Matched(state, 0, 0, 0), {}
+    if extra := sorted(vqvae.state_dict().keys() - state.keys()):
+        ignored["the moving averages, which only training needs"] = extra
+    return _reported(vqvae, matched, "custom", f"custom VQ-VAE {home}", "config.json", ignored)
 
 
 def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_range: str) -> VQVAE:
@@ -112,12 +117,8 @@ def _load_taming(checkpoint: Path, ddconfig: Optional[Union[str, Path]], input_r
     vqvae, matched = _filled(
         config_from_yaml(config_path, input_range), tensors, str(weights), layout
     )
-    remarks = [f"left out {len(names)} tensors of {why}" for why, names in ignored.items()]
-    return _reported(
-        vqvae,
-        f"taming VQGAN {weights} with {config_path.name}: all {len(matched.state)} tensors matched",
-        *remarks,
-    )
+    what = f"taming VQGAN {weights}" + (f" ({layout.prefix}*)" if layout.prefix else "")
+    return _reported(vqvae, matched, "pretrained_taming", what, config_path.name, ignored)
 
 
 def _load_flax(checkpoint: str, input_range: str) -> VQVAE:
@@ -131,7 +132,8 @@ def _load_flax(checkpoint: str, input_range: str) -> VQVAE:
         str(weights),
         FlaxLayout(),
     )
-    return _reported(vqvae, f"Flax VQGAN {checkpoint}: all {len(matched.state)} tensors matched")
+    what = f"Flax VQGAN {checkpoint}"
+    return _reported(vqvae, matched, "pretrained_hf", what, config_path.name, {})
 
 
 def _load_llamagen(checkpoint: str, input_range: str) -> VQVAE:
@@ -140,13 +142,8 @@ def _load_llamagen(checkpoint: str, input_range: str) -> VQVAE:
     config = config_from_tensors(tensors, weights, input_range)
     layout = LlamagenLayout(len(config.ch_mult))
     vqvae, matched = _filled(config, tensors, str(weights), layout)
-    where = f" ({home})" if home else ""
-    remarks = [f"left out {len(names)} tensors of {why}" for why, names in ignored.items()]
-    return _reported(
-        vqvae,
-        f"LlamaGen VQ {weights}{where}: all {len(matched.state)} tensors matched",
-        *remarks,
-    )
+    what = f"LlamaGen VQ {weights}" + (f" ({home})" if home else "")
+    return _reported(vqvae, matched, "pretrained_llamagen", what, "the tensors", ignored)
 
 
 def _filled(
@@ -161,13 +158,31 @@ def _filled(
     return vqvae, matched
 
 
-def _reported(vqvae: VQVAE, *facts: str) -> VQVAE:
+def _reported(
+    vqvae: VQVAE,
+    matched: Matched,
+    source: str,
+    weights: str,
+    architecture_from: str,
+    ignored: Mapping[str, Sequence[str]],
+) -> VQVAE:
     config = vqvae.config
-    shape = (
-        f"{config.codebook_size} codes of width {config.code_dim}, f={config.downsample_factor}, "
-        f"pictures in {config.input_range}"
+    vqvae.loading = LoadingReport(
+        source=source,
+        weights=weights,
+        architecture_from=architecture_from,
+        matched=len(matched.state),
+        renamed=matched.renamed,
+        transposed=matched.transposed,
+        reshaped=matched.reshaped,
+        ignored=tuple((why, len(names)) for why, names in ignored.items()),
+        parameters=sum(tensor.numel() for tensor in matched.state.values()),
+        codebook_size=config.codebook_size,
+        code_dim=config.code_dim,
+        l2_normalized_codes=config.l2_normalized_codes,
+        downsample_factor=config.downsample_factor,
+        input_range=config.input_range,
     )
-    vqvae.report = (*facts, shape)
     for fact in vqvae.report:
         _logger.info("%s", fact)
     return vqvae.eval()

@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lgpt.models.loading_report import LoadingReport
 from lgpt.models.model_folder import read_model_config, read_weights, write_model_folder
 from lgpt.models.quantizer import VectorQuantizer
 from lgpt.models.strict_loading import check_strictly, load_strictly
@@ -51,13 +52,13 @@ class VQVAE(nn.Module):
         config: The architecture.
 
     Attributes:
-        report: How foreign weights were matched, one line a fact; empty for our own.
+        loading: What `load_vqvae` found and did; None for one that was not loaded by it.
     """
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.report: tuple[str, ...] = ()
+        self.loading: Optional[LoadingReport] = None
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(
@@ -70,6 +71,11 @@ class VQVAE(nn.Module):
         )
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+
+    @property
+    def report(self) -> tuple[str, ...]:
+        """How the weights were matched, one line a fact; empty when nothing was loaded."""
+        return () if self.loading is None else self.loading.lines()
 
     @property
     def vocab_size(self) -> int:

@@ -48,14 +48,62 @@ def test_reference_implementation_gives_the_same(source: str, name: str, suffix:
         torch.testing.assert_close(vqvae.decode(indices), stored("decoded"), atol=2e-4, rtol=0)
 
 
-def test_report_says_what_matched_and_what_was_left_out(caplog: pytest.LogCaptureFixture) -> None:
+REPORTS = {
+    "taming_tiny": (243, 0, 0, 0, {"the loss (loss.*), which only training needs": 12}, 685_603),
+    "taming_f8_tiny": (None, 0, 0, 0, {}, 554_707),
+    "flax_tiny": (243, None, None, 0, {}, 685_603),
+    "llamagen_vq_tiny": (
+        None,
+        None,
+        0,
+        0,
+        {"usage statistics of training (quantize.codebook_used)": 1},
+        470_731,
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "name"), SETS)
+def test_report_says_what_was_matched_changed_and_left_out(
+    source: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="lgpt"):
-        vqvae = load_vqvae("pretrained_taming", FIXTURES / "taming_tiny" / "last.ckpt")
+        vqvae = load_vqvae(source, FIXTURES / name)
+    report = vqvae.loading
+    assert report is not None
+    matched, renamed, transposed, reshaped, ignored, parameters = REPORTS[name]
+    theirs = json.loads((FIXTURES / name / "manifest.json").read_text())["keys"]
+    ours = inference_state(vqvae)
+    assert report.matched == (matched or len(ours)) == len(ours)
+    if renamed is None:
+        renamed = len(ours) - len(ours.keys() & theirs.keys())
+    if transposed is None:
+        transposed = sum(tensor.ndim == 4 for tensor in ours.values())
+    assert (report.renamed, report.transposed, report.reshaped) == (renamed, transposed, reshaped)
+    found = dict(report.ignored)
+    assert found == (ignored or found)
+    assert report.matched + sum(found.values()) == len(theirs)  # every tensor of the file
+    assert report.parameters == parameters
+    assert report.source == source
+    assert (report.codebook_size, report.code_dim) == tuple(ours["quantize.embedding.weight"].shape)
+    assert report.to_dict()["ignored"] == found
+    for line in vqvae.report:
+        assert caplog.text.count(line) == 1
+
+
+def test_report_reads_as_sentences(tmp_path: Path) -> None:
+    vqvae = load_vqvae("pretrained_taming", FIXTURES / "taming_tiny" / "last.ckpt")
     text = "\n".join(vqvae.report)
-    assert "all 243 tensors matched" in text
+    assert "last.ckpt with model.yaml: all 243 tensors matched" in text
     assert "left out 12 tensors of the loss" in text
-    assert "64 codes of width 32, f=16" in text
-    assert all(fact in caplog.text for fact in vqvae.report)
+    assert "685,603 parameters; 64 codes of width 32, f=16, pictures in -1..1" in text
+    llamagen = load_vqvae("pretrained_llamagen", FIXTURES / "llamagen_vq_tiny")
+    assert "with the tensors: all" in llamagen.report[0]
+    assert "64 codes of width 8 at unit length, f=16" in llamagen.report[-1]
+    assert VQVAE(vqvae.config).report == ()
+    averaged = _tiny(codebook_update="ema")
+    averaged.save_pretrained(tmp_path)
+    assert "left out 3 tensors of the moving averages" in load_vqvae("custom", tmp_path).report[1]
 
 
 def test_loading_leaves_torch_s_list_of_allowed_classes_as_it_was() -> None:
@@ -128,6 +176,9 @@ def test_old_flax_norms_and_chunked_arrays_read_the_same(tmp_path: Path) -> None
     usual = load_vqvae("pretrained_hf", FIXTURES / "flax_tiny")
     old = load_vqvae("pretrained_hf", _repacked(tmp_path / "old", older))
     assert usual.weights_digest() == old.weights_digest()
+    assert old.loading is not None
+    norms = [key for key in old.state_dict() if "norm" in key]
+    assert old.loading.reshaped == len(norms) > 0
 
 
 def test_flax_file_with_a_missing_tensor_or_cut_off_is_refused(tmp_path: Path) -> None:
@@ -189,6 +240,9 @@ def test_second_stage_checkpoint_gives_its_first_stage(tmp_path: Path) -> None:
     )
     again = load_vqvae("pretrained_taming", tmp_path)
     assert again.weights_digest() == usual.weights_digest()
+    assert again.loading is not None
+    assert again.loading.renamed == again.loading.matched == len(usual.state_dict())
+    assert again.loading.ignored == (("the second stage (not first_stage_model.*)", 1),)
 
 
 def test_gumbel_vqgan_and_strangers_are_refused_by_name(tmp_path: Path) -> None:
