@@ -122,6 +122,7 @@ class TransformerTask:
         return {
             "codebook_size": self.vqvae.vocab_size,
             "downsample_factor": self.vqvae.downsample_factor,
+            "vqvae_digest": self.vqvae_digest,
             "ln_codebook_size": math.log(self.vqvae.vocab_size),
             "transformer_params": self.model.num_parameters(),
             "text_encoder_is_random": self.text_encoder is not None and self.text_encoder.is_random,
