@@ -219,6 +219,65 @@ def _print_table(table: Any, result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
 
 
+_SOURCE_OPTION = typer.Option(
+    None,
+    "--source",
+    help="pretrained_hf, pretrained_taming, pretrained_llamagen or custom; default: told by the "
+    "files",
+)
+_DDCONFIG = typer.Option(
+    None, help="the model.yaml of a taming .ckpt, when it does not lie beside it"
+)
+
+
+@vqvae_app.command("inspect")
+def inspect_command(
+    source: str = typer.Argument(..., help="hub name, folder or file of a VQ-VAE"),
+    kind: Optional[str] = _SOURCE_OPTION,
+    ddconfig: Optional[str] = _DDCONFIG,
+    images: Optional[Path] = typer.Option(None, help="a picture or a folder of pictures"),
+    out: Optional[Path] = typer.Option(
+        None, help="PNG of inputs above reconstructions; default: reconstructions.png"
+    ),
+    resolution: Optional[int] = typer.Option(
+        None, min=1, help="side that pictures are cut to; default: the one of its config"
+    ),
+    max_images: int = typer.Option(16, min=1, help="so many pictures are used"),
+    as_json: bool = _JSON,
+) -> None:
+    """Say what a VQ-VAE's files hold; with --images, send pictures through it and back."""
+    from lgpt.evaluation.vqvae_inspection import inspect_vqvae, inspection_table
+
+    result = inspect_vqvae(
+        source,
+        source=kind,
+        ddconfig=ddconfig,
+        images=images,
+        out=out,
+        resolution=resolution,
+        max_images=max_images,
+    )
+    _print_table(inspection_table(result), result, as_json)
+
+
+@vqvae_app.command("convert")
+def convert_vqvae_command(
+    source: str = typer.Argument(..., help="hub name, folder or file of a VQ-VAE"),
+    out: Path = typer.Argument(..., help="the folder to write"),
+    kind: Optional[str] = _SOURCE_OPTION,
+    ddconfig: Optional[str] = _DDCONFIG,
+    to: str = typer.Option("lgpt", help="lgpt (safetensors), or taming (last.ckpt + model.yaml)"),
+    overwrite: bool = typer.Option(False, help="replace these files in a folder that holds some"),
+) -> None:
+    """Write a VQ-VAE from anywhere as our own folder, or in the layout of taming-transformers."""
+    from lgpt.evaluation.vqvae_inspection import open_guessed
+    from lgpt.models.vqgan_import import convert_vqvae
+
+    vqvae, _ = open_guessed(source, kind, ddconfig)
+    files = convert_vqvae(vqvae, out, to=to, overwrite=overwrite)
+    print(f"Wrote {' and '.join(str(file) for file in files)}.")
+
+
 @vqvae_app.command("export-taming")
 def export_taming_command(
     source: Path = typer.Argument(..., help="a phase 2 run folder or a VQ-VAE model folder"),

@@ -102,6 +102,11 @@ def _load_as_data(path: Path) -> Any:
     except Exception as error:  # damaged opcodes fail as whatever they happen to ask for
         if wished := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(_refusal(path, wished[1])) from error
+        if opcode := re.search(r"Unsupported operand (\d+)", str(error)):
+            raise CheckpointError(
+                f"{path} was not opened: its pickle uses opcode {opcode[1]}, which no file of "
+                f"torch.save needs and which may serve to run code. {_COPY_AGAIN}"
+            ) from error
         raise CheckpointError(
             f"{path} is not a PyTorch file that can be read as data: {_first_words(error)}. "
             f"{_COPY_AGAIN}"

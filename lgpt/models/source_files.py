@@ -2,9 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lgpt.core.errors import CheckpointError
+from lgpt.models.pytorch_file import read_pytorch_file
+
+FLAX_WEIGHTS = "flax_model.msgpack"
+_CHECKPOINTS = ("last.ckpt", "model.ckpt")
+
+
+def guess_source(checkpoint: str) -> tuple[str, str]:
+    """Which source a file, folder or hub name is, and by what it was told.
+
+    Raises:
+        CheckpointError: Nothing there looks like a VQ-VAE.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        return _guess_file(path)
+    if path.is_dir():
+        if (path / FLAX_WEIGHTS).is_file():
+            return "pretrained_hf", f"it holds {FLAX_WEIGHTS}"
+        for name in ("model.safetensors", "model/model.safetensors"):
+            if (path / name).is_file():
+                return "custom", f"it holds {name}"
+        found = [*_checkpoints_in(path), *sorted(path.glob("*.pt"))]
+        if found:
+            return _guess_file(found[0])
+        raise CheckpointError(
+            f"{checkpoint} holds no VQ-VAE: no {FLAX_WEIGHTS}, model.safetensors, last.ckpt, "
+            "model.ckpt or *.pt is there."
+        )
+    if checkpoint.startswith(("/", "./", "../")) or checkpoint.count("/") == 0:
+        raise CheckpointError(f"{checkpoint} is not there, and is no hub name (owner/name).")
+    if "llamagen" in checkpoint.lower() or checkpoint.endswith(".pt"):
+        return "pretrained_llamagen", "its hub name"
+    return "pretrained_hf", "it is no file or folder, so it is taken for a hub name"
+
+
+def _guess_file(path: Path) -> tuple[str, str]:
+    if path.name == FLAX_WEIGHTS:
+        return "pretrained_hf", f"its name {FLAX_WEIGHTS}"
+    if path.name in ("config.json", "model.safetensors"):
+        return "custom", f"its name {path.name}"
+    content = read_pytorch_file(path)
+    maps = [content, *content.values()] if isinstance(content, Mapping) else []
+    names = [str(name) for values in maps if isinstance(values, Mapping) for name in values]
+    if any(name.startswith("encoder.conv_blocks.") for name in names):
+        return "pretrained_llamagen", f"the tensors encoder.conv_blocks.* in {path.name}"
+    return "pretrained_taming", f"{path.name}, a PyTorch file without encoder.conv_blocks.*"
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    # taming's logs/<run>/ keeps weights and configs in sub folders.
+    places = [home / name for home in (folder, folder / "checkpoints") for name in _CHECKPOINTS]
+    return [path for path in places if path.is_file()]
 
 
 def taming_file(checkpoint: Path) -> Path:
@@ -15,11 +68,8 @@ def taming_file(checkpoint: Path) -> Path:
     """
     if checkpoint.is_file():
         return checkpoint
-    # taming's logs/<run>/ keeps weights and configs in sub folders.
-    for folder in (checkpoint, checkpoint / "checkpoints"):
-        for name in ("last.ckpt", "model.ckpt"):
-            if (folder / name).is_file():
-                return folder / name
+    if found := _checkpoints_in(checkpoint):
+        return found[0]
     raise CheckpointError(
         f"{checkpoint} is neither a .ckpt file nor a folder with last.ckpt or model.ckpt in it."
     )
@@ -38,7 +88,7 @@ def yaml_beside(weights: Path) -> Path:
     if not found:
         raise CheckpointError(
             f"{weights} has no model.yaml beside it, and a taming .ckpt does not hold its own "
-            "architecture; put the model's yaml there or name it in vqvae.ddconfig."
+            "architecture; put the model's yaml there or name it in vqvae.ddconfig (--ddconfig)."
         )
     return found[0]
 
@@ -75,14 +125,15 @@ def llamagen_file(checkpoint: str) -> Path:
 
 
 def flax_folder(checkpoint: str) -> Path:
-    """A folder as it is; otherwise a hub name, from the local hub cache or the hub.
+    """A folder as it is, that of a file, or of a hub name from the local hub cache or the hub.
 
     Raises:
         CheckpointError: It is neither.
     """
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    names = ["config.json", "flax_model.msgpack"]
+    path = Path(checkpoint)
+    if path.is_dir() or path.is_file():
+        return path if path.is_dir() else path.parent
+    names = ["config.json", FLAX_WEIGHTS]
     return _downloaded(checkpoint, names, f"a folder with {' and '.join(names)}")
 
 

@@ -50,6 +50,11 @@ from lgpt.models.vqvae_config import INPUT_RANGES, VQVAEConfig
 
 _logger = get_logger(__name__)
 
+_CONVERSIONS = {
+    "lgpt": ("config.json", "model.safetensors"),
+    "taming": ("model.yaml", "last.ckpt"),
+}
+
 SOURCES = ("pretrained_hf", "pretrained_taming", "pretrained_llamagen", "custom")
 
 
@@ -90,6 +95,7 @@ def load_vqvae(
 
 
 def _load_custom(folder: Path, input_range: str) -> VQVAE:
+    folder = folder.parent if folder.is_file() else folder
     home = next((f for f in (folder, folder / "model") if (f / "config.json").is_file()), None)
     if home is None:
         raise CheckpointError(
@@ -186,6 +192,39 @@ def _reported(
     for fact in vqvae.report:
         _logger.info("%s", fact)
     return vqvae.eval()
+
+
+def convert_vqvae(
+    vqvae: VQVAE, out: Union[str, Path], *, to: str = "lgpt", overwrite: bool = False
+) -> tuple[Path, ...]:
+    """Write a VQ-VAE from any source as our own folder, or in taming's layout.
+
+    Args:
+        to: `lgpt` (config.json and model.safetensors) or `taming` (model.yaml and last.ckpt).
+        overwrite: Replace what `out` holds of these files.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SettingsError: Another `to`.
+        CheckpointError: `out` is a file, or holds something already.
+    """
+    if to not in _CONVERSIONS:
+        raise SettingsError(f"--to {to!r} is not known: it is one of {', '.join(_CONVERSIONS)}.")
+    folder = Path(out)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+        raise CheckpointError(
+            f"{folder} holds something already: give another folder, or --overwrite to replace "
+            f"{' and '.join(_CONVERSIONS[to])} in it."
+        )
+    files = tuple(folder / name for name in _CONVERSIONS[to])
+    files[0].unlink(missing_ok=True)  # half a conversion must not look whole
+    if to == "taming":
+        export_taming(vqvae, folder)
+    else:
+        vqvae.save_pretrained(folder)
+    return files
 
 
 def export_taming(vqvae: VQVAE, folder: Union[str, Path]) -> Path:
