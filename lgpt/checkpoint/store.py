@@ -13,7 +13,7 @@ DeepSpeed alone writes to the final names, does not sync, and points `latest` at
 ranks have written theirs (0.19.8). Here everything is staged, synced, digested and agreed on by all
 ranks before one rename makes it a checkpoint.
 
-DeepSpeed unpickles its own files when it loads them (`weights_only=False`): resume only from run
+DeepSpeed unpickles its own files, code and all, when it loads them: resume only from run
 folders that you trust. Conversion (convert.py) does not.
 """
 
