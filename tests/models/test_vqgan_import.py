@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from lgpt.core.errors import CheckpointError, SettingsError
+from lgpt.models.ddconfig import config_from_yaml
 from lgpt.models.flax_weights import FlaxLayout
 from lgpt.models.vqgan_import import export_taming, load_vqvae
 from lgpt.models.vqvae import VQVAE, inference_state
@@ -207,7 +208,7 @@ def test_checkpoint_that_runs_code_is_refused_and_its_code_not_run(name: str) ->
         load_vqvae("pretrained_taming", FIXTURES / "evil" / f"{name}.ckpt", ddconfig=architecture)
     assert not trace.exists()
     wished = {
-        "evil_builtin": "asks for eval",
+        "evil_builtin": "eval when it is opened",
         "evil_prefix": "uses opcode 140, which no file of torch.save needs",
     }
     assert wished.get(name, "asks for posix.system") in str(raised.value)
@@ -248,13 +249,81 @@ def test_second_stage_checkpoint_gives_its_first_stage(tmp_path: Path) -> None:
     assert again.loading.ignored == (("the second stage (not first_stage_model.*)", 1),)
 
 
+LIGHTNING = {
+    # `callbacks` keyed by class (1.0 to 1.4) is in taming_tiny, by string (2.6) in taming_f8_tiny.
+    "0.9": {"checkpoint_callback_best_model_score": torch.tensor(0.1), "hparams_name": "kwargs"},
+    "1.5": {
+        "pytorch-lightning_version": "1.5.10",
+        "callbacks": {"ModelCheckpoint{'monitor': 'val/rec_loss'}": {"best_k_models": {}}},
+        "hyper_parameters": {"embed_dim": 16},
+    },
+    "2.0": {
+        "pytorch-lightning_version": "2.0.0",
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "MixedPrecision": {"scale": 65536.0},
+    },
+}
+
+
+@pytest.mark.parametrize("version", LIGHTNING)
+def test_files_of_every_lightning_open(tmp_path: Path, version: str) -> None:
+    usual = load_vqvae("pretrained_taming", FIXTURES / "taming_f8_tiny")
+    shutil.copy(FIXTURES / "taming_f8_tiny" / "model.yaml", tmp_path)
+    state = {**inference_state(usual), "loss.x": torch.zeros((), dtype=torch.int64)}
+    content = {"epoch": 3, "global_step": 7, "state_dict": state, **LIGHTNING[version]}
+    torch.save(content, tmp_path / "last.ckpt")
+    again = load_vqvae("pretrained_taming", tmp_path)
+    assert again.weights_digest() == usual.weights_digest()
+    assert again.loading is not None
+    assert again.loading.ignored == (("the loss (loss.*), which only training needs", 1),)
+
+
+def test_vq_f8_of_latent_diffusion_has_codes_of_width_4(tmp_path: Path) -> None:
+    """Its published shape on the meta device, and a narrow one of it through a file and back."""
+    ddconfig = {
+        "double_z": False,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [32],
+        "dropout": 0.0,
+    }
+    params = {"embed_dim": 4, "n_embed": 16384, "monitor": "val/rec_loss", "ddconfig": ddconfig}
+    document = {"model": {"target": "ldm.models.autoencoder.VQModel", "params": params}}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(document))
+    config = config_from_yaml(tmp_path / "model.yaml", "-1..1")
+    assert (config.downsample_factor, config.code_dim, config.z_channels) == (8, 4, 4)
+    with torch.device("meta"):
+        shapes = {key: tuple(t.shape) for key, t in VQVAE(config).state_dict().items()}
+    assert shapes["quantize.embedding.weight"] == (16384, 4)
+    assert shapes["quant_conv.weight"] == (4, 4, 1, 1)
+    attended = {key.split(".attn.")[0] for key in shapes if ".attn." in key}
+    assert attended == {"encoder.down.3", "decoder.up.3"}
+    ddconfig["ch"] = 32
+    params["n_embed"] = 64
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(document))
+    torch.manual_seed(0)
+    narrow = VQVAE(config_from_yaml(tmp_path / "model.yaml", "-1..1")).eval()
+    torch.save({"state_dict": narrow.state_dict()}, tmp_path / "model.ckpt")
+    again = load_vqvae("pretrained_taming", tmp_path)
+    images = torch.rand(1, 3, 16, 32) * 2 - 1
+    assert torch.equal(again.encode(images), narrow.encode(images))
+
+
 def test_gumbel_vqgan_and_strangers_are_refused_by_name(tmp_path: Path) -> None:
     keys = json.loads((FIXTURES / "taming_gumbel_f8_8192_keys.json").read_text())["keys"]
     shutil.copy(FIXTURES / "taming_tiny" / "model.yaml", tmp_path)
     gumbel = {key: torch.zeros(1) for key, *_ in keys}
     torch.save({"state_dict": gumbel}, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match="is a GumbelVQ"):
-        load_vqvae("pretrained_taming", tmp_path)
+    nested = {f"first_stage_model.{key}": tensor for key, tensor in gumbel.items()}
+    for state in (gumbel, nested):
+        torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+        with pytest.raises(CheckpointError, match="is a GumbelVQ"):
+            load_vqvae("pretrained_taming", tmp_path)
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match=r"holds no taming VQGAN: .* but model\."):
         load_vqvae("pretrained_taming", tmp_path)
