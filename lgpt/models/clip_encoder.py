@@ -14,17 +14,18 @@ from typing import Any, Optional, Union
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import write_json_atomically
+from lgpt.core.hub import hub_folder
 from lgpt.core.logging import get_logger
+from lgpt.models.clip_weights import PREFIX, files_of_text_tower, read_text_tower
 from lgpt.settings.text import RANDOM_ENCODER_WIDTH
 
 _logger = get_logger(__name__)
 
-_PREFIX = "text_model."
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _POSITIONS = 77
 # What of a CLIP text config decides its output, beside the weights.
@@ -59,24 +60,22 @@ class ClipTextEncoder:
         Raises:
             CheckpointError: It is not there, not a CLIP, or weights are missing in it.
         """
-        from transformers import CLIPTextConfig, CLIPTokenizerFast
-
         name = str(name_or_folder)
+        folder = _folder_of(name)
         try:
-            raw_config = CLIPTextConfig.get_config_dict(name)[0]
-        except (OSError, ValueError) as error:
+            raw_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            model_type = raw_config.get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"text encoder {name!r} cannot be read: {_first_line(error)} Give the folder of a "
-                "CLIP model, a hub name that is reachable or already downloaded, or "
-                "text.encoder=random."
+                f"text encoder {name!r} cannot be read: {error}. Give the folder of a CLIP model."
             ) from error
-        if raw_config.get("model_type") not in ("clip", "clip_text_model"):
+        if model_type not in ("clip", "clip_text_model"):
             raise CheckpointError(
-                f"text encoder {name!r} is a {raw_config.get('model_type')!r}, not a CLIP; give "
-                "for example openai/clip-vit-base-patch32."
+                f"text encoder {name!r} is a {model_type!r}, not a CLIP; give for example "
+                "openai/clip-vit-base-patch32."
             )
-        model = _load_text_tower(name)
-        tokenizer = CLIPTokenizerFast.from_pretrained(name)
+        model = _load_text_tower(folder, name)
+        tokenizer = _load_tokenizer(folder, name, int(model.config.vocab_size))
         is_random = bool(raw_config.get("lgpt_random", False))
         if is_random:
             _logger.info("text encoder %s is random: untrained, it knows no language", name)
@@ -99,7 +98,7 @@ class ClipTextEncoder:
             config = {key: getattr(self._model.config, key) for key in _DECISIVE_CONFIG}
             vocabulary = self._tokenizer.get_vocab()
             digest = hashlib.sha256(json.dumps([config, vocabulary], sort_keys=True).encode())
-            state = {key.removeprefix(_PREFIX): t for key, t in self._model.state_dict().items()}
+            state = {key.removeprefix(PREFIX): t for key, t in self._model.state_dict().items()}
             for key, tensor in sorted(state.items()):
                 if tensor.is_floating_point():  # older releases store position_ids too
                     digest.update(f"{key}{tuple(tensor.shape)}".encode())
@@ -142,7 +141,7 @@ class ClipTextEncoder:
         target.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save_pretrained(target)
         state = {
-            _PREFIX + key.removeprefix(_PREFIX): tensor.cpu().contiguous()
+            PREFIX + key.removeprefix(PREFIX): tensor.cpu().contiguous()
             for key, tensor in self._model.state_dict().items()
         }
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})
@@ -151,43 +150,85 @@ class ClipTextEncoder:
         write_json_atomically(target / "config.json", config)
 
 
-def _load_text_tower(name: str) -> Any:
-    from transformers import CLIPTextModel
-    from transformers.utils import logging as transformers_logging
-
-    # A full CLIP folder holds the vision tower too; transformers warns about each of its keys.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+def _folder_of(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        model, info = CLIPTextModel.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError) as error:
+        return hub_folder(name, repo_type="model", choose=files_of_text_tower)
+    except ConnectionError as error:
         raise CheckpointError(
-            f"text encoder {name!r} cannot be loaded: {_first_line(error)}"
+            f"text encoder {name!r} cannot be read: {str(error).rstrip('.')}. Give the folder of a "
+            "CLIP model, a hub name that is reachable or already downloaded, or "
+            "text.encoder=random."
         ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
-    weights = Path(name) / "model.safetensors"
-    if missing and weights.is_file():
-        # transformers 4.57 finds no weights in what 5.x wrote, warns, and leaves them random.
-        has_prefix = any(key.startswith(_PREFIX) for key in model.state_dict())
-        state = {
-            (_PREFIX if has_prefix else "") + key.removeprefix(_PREFIX): tensor
-            for key, tensor in load_file(weights).items()
-        }
-        result = model.load_state_dict(state, strict=False)
-        missing = [key for key in result.missing_keys if not key.endswith("position_ids")]
-    if missing:
+
+
+def _load_text_tower(folder: Path, name: str) -> Any:
+    """The text model with all of its weights, and nothing of the vision model in memory."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig.from_pretrained(folder)
+    # The weights drawn here are replaced: whoever draws next must not notice.
+    with torch.random.fork_rng(devices=[]):
+        model = CLIPTextModel(config)
+    expected = {key.removeprefix(PREFIX): t for key, t in model.state_dict().items()}
+    expected = {key: t for key, t in expected.items() if not key.endswith("position_ids")}
+    state = read_text_tower(folder)
+    if missing := sorted(expected.keys() - state.keys()):
         raise CheckpointError(
             f"text encoder {name!r} lacks {len(missing)} weights, first {missing[0]}; they would "
             "be random. Give a complete CLIP."
         )
+    problems = [f"unexpected {key}" for key in sorted(state.keys() - expected.keys())]
+    problems += [
+        f"{key} is {list(state[key].shape)} instead of {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if state[key].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"text encoder {name!r} does not fit its config.json: {len(problems)} weights, first "
+            f"{problems[0]}. Give the config that belongs to the weights."
+        )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(state[key.removeprefix(PREFIX)])
     return model
 
 
+def _load_tokenizer(folder: Path, name: str, vocabulary_size: int) -> Any:
+    from transformers import CLIPTokenizerFast
+
+    # Without its files transformers 5 makes one that knows no word, and says nothing.
+    is_there = [
+        (folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "merges.txt")
+    ]
+    if not (is_there[0] or all(is_there[1:])):
+        raise CheckpointError(
+            f"text encoder {name!r} has no tokenizer: it needs tokenizer.json, or vocab.json and "
+            "merges.txt."
+        )
+    try:
+        # Both sides are settled here: the mask must cover a caption's first tokens.
+        tokenizer = CLIPTokenizerFast.from_pretrained(
+            folder, padding_side="right", truncation_side="right"
+        )
+    except Exception as error:  # tokenizers raises no narrower class
+        raise CheckpointError(
+            f"text encoder {name!r} has a tokenizer that cannot be read: {_first_line(error)}. "
+            "Copy or download it again."
+        ) from error
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocabulary_size:
+        raise CheckpointError(
+            f"text encoder {name!r} has a tokenizer of {largest + 1} tokens and embeddings for "
+            f"{vocabulary_size}; give the tokenizer that belongs to the weights."
+        )
+    return tokenizer
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def make_random_clip_text_encoder(
@@ -343,4 +384,4 @@ def _random_weights(tokens: int, width: int, layers: int, seed: int) -> dict[str
     norms = [f"encoder.layers.{n}.layer_norm{k}" for n in range(layers) for k in (1, 2)]
     for name in [*norms, "final_layer_norm"]:
         state[f"{name}.weight"], state[f"{name}.bias"] = torch.ones(width), torch.zeros(width)
-    return {_PREFIX + key: tensor for key, tensor in state.items()}
+    return {PREFIX + key: tensor for key, tensor in state.items()}

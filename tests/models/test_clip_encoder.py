@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lgpt.core.errors import CheckpointError
+from lgpt.models import clip_encoder
 from lgpt.models.clip_encoder import ClipTextEncoder, make_random_clip_text_encoder
+from lgpt.models.clip_weights import files_of_text_tower
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "clip_tiny"
+EVIL = FIXTURE.parent / "evil"
 CAPTIONS = [
     "A small red circle on a blue background.",
     "tree three threes reed rereed",
@@ -100,9 +105,176 @@ def test_incomplete_weights_are_refused_instead_of_left_random(
 def test_what_is_not_there_or_no_clip_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'nobody/no-clip' cannot be read.*encoder=random"):
         ClipTextEncoder.from_pretrained("nobody/no-clip")
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*config\.json"):
+        ClipTextEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(CheckpointError, match="is a 't5', not a CLIP"):
         ClipTextEncoder.from_pretrained(tmp_path)
+
+
+def test_no_side_of_padding_in_a_folder_moves_the_words(
+    encoder: ClipTextEncoder, tmp_path: Path
+) -> None:
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.update(padding_side="left", truncation_side="left")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    texts = ["two birds", "a long tail " * 40]
+    for ours, theirs in zip(
+        encoder.encode(texts), ClipTextEncoder.from_pretrained(tmp_path).encode(texts)
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_vision_tower_never_comes_into_memory(tmp_path: Path) -> None:
+    """A whole CLIP with 400 MB of vision weights is read in a process of its own."""
+    program = """
+import resource, sys
+import transformers.models.clip.modeling_clip
+from lgpt.models.clip_encoder import ClipTextEncoder
+ClipTextEncoder.from_pretrained(sys.argv[1])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+encoder = ClipTextEncoder.from_pretrained(sys.argv[2])
+assert type(encoder._model).__name__ == "CLIPTextModel"
+print(sum(p.numel() for p in encoder._model.parameters()), (peak() - before) * 1024)
+"""
+    folder = tmp_path / "large"
+    shutil.copytree(FIXTURE, folder)
+    weights = load_file(FIXTURE / "model.safetensors")
+    text_numbers = sum(t.numel() for key, t in weights.items() if key.startswith("text_model."))
+    weights["vision_model.encoder.layers.0.mlp.fc1.weight"] = torch.zeros(100, 1_000_000)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(FIXTURE), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    numbers, peak_bytes = map(int, done.stdout.split())
+    assert numbers == text_numbers
+    assert peak_bytes < 50e6
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_pytorch_bin_is_read_as_data(
+    encoder: ClipTextEncoder, tmp_path: Path, is_old: bool
+) -> None:
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # as before 4.31
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=not is_old)
+    assert ClipTextEncoder.from_pretrained(tmp_path).digest == encoder.digest
+    if not is_old:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"the checksum of .* is wrong"):
+            ClipTextEncoder.from_pretrained(tmp_path)
+
+
+def test_weights_in_pieces_are_read(encoder: ClipTextEncoder, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(weights)
+    pieces = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, keys in pieces.items():
+        save_file({key: weights[key] for key in keys}, tmp_path / file)
+    index = {"weight_map": {key: file for file, keys in pieces.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert ClipTextEncoder.from_pretrained(tmp_path).digest == encoder.digest
+
+
+def test_a_bin_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    facts = json.loads((EVIL / "evil.json").read_text())
+    for file in sorted(EVIL.glob("evil*.ckpt")):
+        folder = tmp_path / file.stem
+        shutil.copytree(FIXTURE, folder)
+        (folder / "model.safetensors").unlink()
+        shutil.copy(file, folder / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="not a file of tensors alone"):
+            ClipTextEncoder.from_pretrained(folder)
+    assert not [path for path in _touched_by(facts) if path.exists()]
+
+
+def _touched_by(facts: object) -> list[Path]:
+    """Every file that a payload would make, wherever evil.json names it."""
+    if isinstance(facts, dict):
+        own = [Path(facts["touches"])] if isinstance(facts.get("touches"), str) else []
+        return own + [path for value in facts.values() for path in _touched_by(value)]
+    return [p for value in facts for p in _touched_by(value)] if isinstance(facts, list) else []
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    faults = {
+        "final_layer_norm.weight is \\[3\\] instead of \\[64\\]": ("final_layer_norm.weight", 3),
+        "unexpected encoder.layers.7.mlp.fc1.bias": ("encoder.layers.7.mlp.fc1.bias", 128),
+    }
+    for number, (told, (key, size)) in enumerate(faults.items()):
+        folder = tmp_path / str(number)
+        shutil.copytree(FIXTURE, folder)
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, f"text_model.{key}": torch.ones(size)}, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=told):
+            ClipTextEncoder.from_pretrained(folder)
+    weights["text_model.final_layer_norm.bias"][5] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"not finite, first in final_layer_norm\.bias"):
+        ClipTextEncoder.from_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read as data"):
+        ClipTextEncoder.from_pretrained(folder)
+    torch.save([1, 2], folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="it holds no named tensors"):
+        ClipTextEncoder.from_pretrained(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        ClipTextEncoder.from_pretrained(folder)
+
+
+def test_a_tokenizer_that_is_missing_broken_or_foreign_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "tokenizer.json").unlink()
+    assert len(ClipTextEncoder.from_pretrained(tmp_path).encode(["a cat"])[0]) == 1
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "more": 700}))
+    with pytest.raises(CheckpointError, match="tokenizer of 701 tokens and embeddings for 644"):
+        ClipTextEncoder.from_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer that cannot be read"):
+        ClipTextEncoder.from_pretrained(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        ClipTextEncoder.from_pretrained(tmp_path)
+
+
+def test_a_hub_name_fetches_the_text_towers_files_in_one_format() -> None:
+    files = ["README.md", "config.json", "flax_model.msgpack", "merges.txt", "tf_model.h5"]
+    bins = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+    kept = ["config.json", "merges.txt"]
+    assert files_of_text_tower([*files, *bins]) == [*kept, bins[1], bins[0]]
+    assert files_of_text_tower([*files, *bins, "model.safetensors"]) == [*kept, "model.safetensors"]
+    assert files_of_text_tower(files) == kept
+
+
+def test_a_hub_name_is_read_from_what_the_hub_gives(
+    encoder: ClipTextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_encoder, "hub_folder", lambda name, **place: FIXTURE)
+    by_name = ClipTextEncoder.from_pretrained("openai/clip-vit-base-patch32")
+    assert by_name.name == "openai/clip-vit-base-patch32"
+    assert by_name.digest == encoder.digest
+
+
+def test_loading_draws_no_random_number() -> None:
+    state = torch.get_rng_state()
+    ClipTextEncoder.from_pretrained(FIXTURE)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_random_encoder_gives_every_word_one_token_and_spells_the_others(

@@ -1,0 +1,94 @@
+"""The hub stood in for by servers of our own: one that is silent, one that gives files."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from lgpt.core.hub import ANSWER_SECONDS, hub_folder
+
+
+def test_a_hub_that_takes_the_connection_and_says_nothing_is_given_up_on(tmp_path: Path):
+    program = """
+import sys
+from lgpt.core.hub import hub_folder
+try:
+    hub_folder("nobody/nothing", repo_type="dataset", choose=lambda files: files)
+except ConnectionError as error:
+    print(error)
+"""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(20)
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+            "NO_PROXY": "127.0.0.1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20 * ANSWER_SECONDS,  # without a deadline it waits for ever
+            check=False,
+        )
+    assert done.stdout.strip(), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_offline_the_reason_comes_at_once_and_a_cached_repository_is_read(tmp_path: Path):
+    with pytest.raises(ConnectionError, match="offline mode is enabled"):
+        hub_folder("nobody/nothing", repo_type="model", choose=list, cache_folder=tmp_path)
+    commit = "0" * 40
+    repository = tmp_path / "models--some--clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    found = hub_folder("some/clip", repo_type="model", choose=list, cache_folder=tmp_path)
+    assert [path.name for path in found.iterdir()] == ["config.json"]
+
+
+def test_only_the_chosen_files_of_the_asked_revision_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fetched: list[dict[str, Any]] = []
+    siblings = [SimpleNamespace(rfilename=name) for name in ("a.parquet", "b.txt")]
+
+    class Hub:
+        def repo_info(self, name: str, **asked: Any) -> SimpleNamespace:
+            assert asked == {"repo_type": "dataset", "revision": "r1", "timeout": ANSWER_SECONDS}
+            return SimpleNamespace(siblings=siblings)
+
+    def fetch(name: str, **wanted: Any) -> str:
+        fetched.append(wanted)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    folder = hub_folder(
+        "some/set",
+        repo_type="dataset",
+        revision="r1",
+        choose=lambda files: [name for name in files if name.endswith(".parquet")],
+        cache_folder=tmp_path,
+    )
+    assert folder == tmp_path
+    assert fetched == [
+        {
+            "allow_patterns": ["a.parquet"],
+            "repo_type": "dataset",
+            "revision": "r1",
+            "cache_dir": str(tmp_path),
+        }
+    ]
