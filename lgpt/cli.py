@@ -113,9 +113,11 @@ def prepare(
     config: str = _CONFIG,
     overrides: Optional[list[str]] = _OVERRIDES,
     text_encoder: Optional[str] = _TEXT_ENCODER,
+    as_json: bool = _JSON,
 ) -> None:
     """Encode a run's pictures and captions once into its latent cache.
 
+    It ends with a report: pictures, bad ones left out, use and entropy of the codes, captions cut.
     Killed, the same command goes on where it was; on several GPUs each rank does its share:
 
         deepspeed --num_gpus N --module lgpt prepare CONFIG
@@ -129,7 +131,9 @@ def prepare(
         )
     from lgpt.training.encode_latents import prepare_latent_cache
 
-    prepare_latent_cache(run)
+    reports = prepare_latent_cache(run)
+    if as_json and reports:
+        print(json.dumps({"caches": reports}))
 
 
 @app.command()

@@ -179,6 +179,7 @@ def build_latent_cache(
     *,
     encode_images: ImageEncoder,
     encode_captions: Optional[CaptionEncoder],
+    count_cut_captions: Callable[[list[str]], int] = lambda captions: 0,
     fingerprint: dict[str, Any],
     codebook_size: int,
     downsample_factor: int,
@@ -198,6 +199,7 @@ def build_latent_cache(
         folder: The split's own folder, `<cache folder>/<split>`, seen by all ranks.
         encode_images: Float32 pictures in [-1, 1], on the CPU, to codes; all ranks' must agree.
         encode_captions: Captions to embeddings and mask (True: a word; words first); None: no text.
+        count_cut_captions: How many of these captions the encoder cuts; kept in the manifest.
         fingerprint: Everything that decides the content, as named JSON values.
         text_dtype: float16 or bfloat16, see above.
         max_bad_images: Corrupt or missing pictures allowed, over all ranks.
@@ -230,7 +232,9 @@ def build_latent_cache(
         bad = BadImages(max_bad_images, f"{dataset.name}/{dataset.split}")
         _encode_images(writer, chunks, dataset, transform, encode_images, bad, workers, is_shown)
         if encode_captions is not None:
-            _encode_captions(writer, chunks, different, encode_captions, is_shown)
+            _encode_captions(
+                writer, chunks, different, encode_captions, count_cut_captions, is_shown
+            )
         barrier()
         _refuse_too_many(writer, dataset, max_bad_images)
         if rank == 0:
@@ -329,6 +333,7 @@ def _encode_captions(
     chunks: list[Chunk],
     different: list[str],
     encode: CaptionEncoder,
+    count_cut: Callable[[list[str]], int],
     is_shown: bool,
 ) -> None:
     mine = [chunk for chunk in chunks if chunk.kind == "captions"]
@@ -338,7 +343,7 @@ def _encode_captions(
     title = f"{writer.plan.dataset}/{writer.plan.split} captions"
     with progress(title, total, unit="different captions", is_shown=is_shown) as advance:
         for chunk in mine:
-            pieces, lengths = [], []
+            pieces, lengths, cut = [], [], 0
             for first in range(chunk.first, chunk.stop, _CAPTIONS_PER_CALL):
                 texts = different[first : min(first + _CAPTIONS_PER_CALL, chunk.stop)]
                 text, mask = (value.cpu() for value in encode(texts))
@@ -352,9 +357,13 @@ def _encode_captions(
                     )
                 pieces.append(kept.view(torch.int16).numpy())
                 lengths.append(words.numpy())
+                cut += count_cut(texts)
                 advance(len(texts))
             writer.write_chunk(
-                chunk, embeddings=np.concatenate(pieces), lengths=np.concatenate(lengths)
+                chunk,
+                embeddings=np.concatenate(pieces),
+                lengths=np.concatenate(lengths),
+                cut=np.array(cut),
             )
 
 

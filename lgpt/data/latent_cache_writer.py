@@ -31,7 +31,7 @@ from lgpt.core.files import sync_folder, write_bytes_atomically, write_json_atom
 
 MANIFEST = "manifest.json"
 # Goes up with every change of files, chunk sizes or batches inside a chunk.
-FORMAT = 1
+FORMAT = 2
 IMAGES_PER_CHUNK = 256
 CAPTIONS_PER_CHUNK = 1024
 
@@ -164,6 +164,7 @@ class LatentCacheWriter:
 
     def _write_manifest(self, items: int, text_width: Optional[int], bad: list[str]) -> None:
         plan = self.plan
+        cut = sum(int(part["cut"]) for part in self._read("captions"))
         names = ["tokens.bin", "caption_offsets.npy", "caption_rows.npy", "images.jsonl"]
         names += ["embedding_offsets.npy", "embeddings.bin"] if text_width is not None else []
         sync_folder(self.folder)
@@ -181,6 +182,8 @@ class LatentCacheWriter:
             "text_width": text_width,
             "text_dtype": plan.text_dtype,
             "bad_images": bad,
+            "different_captions": plan.different_captions,
+            "cut_captions": cut,
             "files": {name: (self.folder / name).stat().st_size for name in names},
         }
         write_json_atomically(self.folder / MANIFEST, manifest)

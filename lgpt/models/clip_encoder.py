@@ -135,6 +135,12 @@ class ClipTextEncoder:
         ).last_hidden_state
         return hidden * mask.unsqueeze(-1), mask.bool()
 
+    def count_cut(self, captions: Sequence[str]) -> int:
+        """How many of these captions `encode` cuts, because they have more than `max_tokens`."""
+        # verbose=False: transformers warns of every one of them otherwise.
+        tokens = self._tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        return sum(len(of_caption) > self.max_tokens for of_caption in tokens)
+
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write an ordinary CLIP text folder with 4.57's key names, which both releases read."""
         target = Path(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,11 +50,18 @@ def caption_encoder(encoder: ClipTextEncoder, device: torch.device) -> CaptionEn
     return encode
 
 
-def prepare_latent_cache(run: TransformerRun) -> None:
+def prepare_latent_cache(run: TransformerRun) -> list[dict[str, Any]]:
     """Write or complete `run.latent_cache` for the splits train and val; every rank does its share.
 
     A cache that is whole and has the run's fingerprint is left alone; chunks of a killed
-    preparation are kept.
+    preparation are kept. Pictures are encoded in float32, whatever `training.precision` is.
+
+    Returns:
+        What is in the cache, a report a split, see `_report`; on rank 0, others get none.
+
+    Raises:
+        SettingsError: The run has no latent cache.
+        DataError, CheckpointError: Pictures, VQ-VAE or text encoder cannot be used.
     """
     if run.latent_cache is None:
         raise SettingsError(
@@ -68,6 +75,7 @@ def prepare_latent_cache(run: TransformerRun) -> None:
     encoder: Optional[ClipTextEncoder] = None
     if run.conditioning == "text_conditional":
         encoder = load_text_encoder_of(run, train).to(device)
+    reports = []
     for split in ("train", "val"):
         dataset = train if split == "train" else open_split(run.data, split)
         build_latent_cache(
@@ -76,6 +84,7 @@ def prepare_latent_cache(run: TransformerRun) -> None:
             transform_of(run.data, split),
             encode_images=image_encoder(vqvae, device),
             encode_captions=None if encoder is None else caption_encoder(encoder, device),
+            count_cut_captions=(lambda _: 0) if encoder is None else encoder.count_cut,
             fingerprint=cache_fingerprint(run, dataset, vqvae_digest, encoder),
             codebook_size=vqvae.vocab_size,
             downsample_factor=vqvae.downsample_factor,
@@ -87,19 +96,55 @@ def prepare_latent_cache(run: TransformerRun) -> None:
             barrier=barrier,
         )
         if is_rank_zero():
-            _tell(LatentCache.open(run.latent_cache / split))
+            reports.append(_report(LatentCache.open(run.latent_cache / split)))
+            _tell(reports[-1])
+    return reports
 
 
-def _tell(cache: LatentCache) -> None:
-    statistics = cache.token_statistics()
+def _report(cache: LatentCache) -> dict[str, Any]:
+    """Facts about a finished cache. Entropy in nats; what tells of text is None without it."""
+    statistics, manifest = cache.token_statistics(), cache.manifest
+    has_text = cache.text_width is not None
+    return {
+        "folder": str(cache.folder),
+        "split": manifest["split"],
+        "pictures": len(cache),
+        "crops": cache.crops,
+        "bad_images": len(manifest["bad_images"]),
+        "tokens": statistics.tokens,
+        "codebook_size": cache.codebook_size,
+        "used_codes": statistics.used_codes,
+        "usage": statistics.usage,
+        "entropy": statistics.entropy,
+        "largest_entropy": math.log(cache.codebook_size),
+        "text_dtype": manifest["text_dtype"],
+        "different_captions": manifest["different_captions"] if has_text else None,
+        "cut_captions": manifest["cut_captions"] if has_text else None,
+        "bytes": sum(manifest["files"].values()),
+    }
+
+
+def _tell(report: dict[str, Any]) -> None:
     _log.info(
-        "%s: %d pictures x %d crop(s); %d of %d codes used (%.1f%%), entropy %.2f of %.2f nats",
-        cache.folder,
-        len(cache),
-        cache.crops,
-        statistics.used_codes,
-        cache.codebook_size,
-        100 * statistics.usage,
-        statistics.entropy,
-        math.log(cache.codebook_size),
+        "%s: %d pictures x %d crop(s), %d bad ones left out; %d of %d codes used (%.1f%%), entropy "
+        "%.2f of %.2f nats; %.1f MB",
+        report["folder"],
+        report["pictures"],
+        report["crops"],
+        report["bad_images"],
+        report["used_codes"],
+        report["codebook_size"],
+        100 * report["usage"],
+        report["entropy"],
+        report["largest_entropy"],
+        report["bytes"] / 1e6,
     )
+    if report["text_dtype"] is not None:
+        _log.info(
+            "%s: %d different captions, embeddings in %s; %d captions were longer than the text "
+            "encoder reads and were cut",
+            report["folder"],
+            report["different_captions"],
+            report["text_dtype"],
+            report["cut_captions"],
+        )

@@ -109,6 +109,18 @@ def test_a_killed_build_keeps_its_chunks_and_ends_with_the_same_bytes(whole: Pat
     assert _bytes_of(folder) == _bytes_of(whole)
 
 
+def test_cut_captions_of_all_chunks_and_ranks_are_counted(whole: Path, tmp_path: Path):
+    def count(captions: list[str]) -> int:
+        return sum("big" in text for text in captions)
+
+    build(tmp_path / "train", count_cut_captions=count)
+    manifest = LatentCache.open(tmp_path / "train").manifest
+    texts = {text for item in range(COUNT) for text in ToyPictures(COUNT).captions(item)}
+    assert manifest["different_captions"] == len(texts)
+    assert manifest["cut_captions"] == count(sorted(texts)) == 1
+    assert LatentCache.open(whole).manifest["cut_captions"] == 0
+
+
 def test_a_finished_cache_is_not_made_again(whole: Path):
     calls: list[int] = []
     build(whole, calls=calls)
@@ -130,7 +142,7 @@ def test_a_cache_of_something_else_is_refused_with_every_difference(whole: Path,
     # Nor are chunks of another half-built cache taken.
     half = tmp_path / "train"
     (half / "parts").mkdir(parents=True)
-    for number, fault in ((1, told), (0, "format: cache 0, run 1")):
+    for number, fault in ((2, told), (0, "format: cache 0, run 2")):
         plan = {"format": number, "fingerprint": fingerprint()}
         (half / "parts" / "plan.json").write_text(json.dumps(plan))
         with pytest.raises(DataError, match=fault):

@@ -62,6 +62,18 @@ def test_embedding_does_not_depend_on_longer_neighbours(encoder: ClipTextEncoder
     assert not batch[0, length:].any()
 
 
+def test_captions_that_are_cut_are_counted(encoder: ClipTextEncoder) -> None:
+    texts = json.loads((FIXTURE / "texts.json").read_text())
+    assert encoder.count_cut(texts) == 1
+    # Where "a" is one token, 75 of them fill the 77 places exactly.
+    assert [encoder.count_cut(["a " * words]) for words in (74, 75, 76)] == [0, 0, 1]
+    assert encoder.count_cut(["", "猫 ☃ é" * 40]) == 1
+    embeddings, mask = encoder.encode(["a " * 76])
+    assert mask.sum() == 77
+    same, _ = encoder.encode(["a " * 75])
+    torch.testing.assert_close(embeddings, same)
+
+
 def test_it_is_frozen_float32_and_in_eval_mode(encoder: ClipTextEncoder) -> None:
     embeddings, mask = encoder.encode(["", "a cat"])
     assert embeddings.dtype == torch.float32
