@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import datasets
 import pyarrow
@@ -11,6 +11,7 @@ import pyarrow.compute
 from datasets.exceptions import DatasetGenerationError
 
 from lgpt.core.errors import DataError
+from lgpt.core.hub import hub_folder
 from lgpt.data.flickr30k_table import (
     OFFLINE_WAYS,
     PARQUET_REVISION,
@@ -54,37 +55,45 @@ def open_saved(folder: Path) -> CaptionTable:
     """A Dataset or a DatasetDict written by `save_to_disk`.
 
     Raises:
-        DataError: It lacks columns.
+        DataError: It cannot be read, or lacks columns.
     """
-    saved: Union[datasets.Dataset, datasets.DatasetDict] = datasets.load_from_disk(str(folder))
+    try:
+        saved: Union[datasets.Dataset, datasets.DatasetDict] = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{folder} was written by save_to_disk but cannot be read: {error}. Save it again."
+        ) from error
     if not isinstance(saved, datasets.Dataset):
         saved = datasets.concatenate_datasets([saved[key] for key in sorted(saved)])
     return _table_of(saved, str(folder))
 
 
-def open_hub(name: str) -> CaptionTable:
+def open_hub(name: str, cache_folder: Optional[Path]) -> CaptionTable:
     """The parquet files of a hub dataset; from the local hub cache when there is no network.
+
+    Args:
+        cache_folder: Where files are kept, in folders as under HF_HOME; default HF_HOME itself.
 
     Raises:
         DataError: Neither hub nor cache has it; tells the ways without a hub.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        folder = snapshot_download(
-            name, repo_type="dataset", revision=PARQUET_REVISION, allow_patterns=["*.parquet"]
+        folder = hub_folder(
+            name,
+            repo_type="dataset",
+            revision=PARQUET_REVISION,
+            choose=lambda files: [file for file in files if file.endswith(".parquet")],
+            cache_folder=None if cache_folder is None else cache_folder / "hub",
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except ConnectionError as error:
         raise DataError(
-            f"The hub dataset {name} cannot be reached: {first_line}{OFFLINE_WAYS}"
+            f"The hub dataset {name} cannot be reached: {error}{OFFLINE_WAYS}"
         ) from error
-    return open_parquet(Path(folder))
+    return open_parquet(folder, cache_folder)
 
 
-def open_parquet(folder: Path) -> CaptionTable:
-    """All parquet files below a folder.
+def open_parquet(folder: Path, cache_folder: Optional[Path]) -> CaptionTable:
+    """All parquet files below a folder; `datasets` keeps its Arrow form of them in its cache.
 
     Raises:
         DataError: There are none, or they cannot be read, or lack columns.
@@ -92,12 +101,15 @@ def open_parquet(folder: Path) -> CaptionTable:
     files = sorted(str(path) for path in folder.rglob("*.parquet"))
     if not files:
         raise DataError(
-            f"{folder} holds no parquet files and was not written by save_to_disk.{OFFLINE_WAYS}"
+            f"{folder} holds no parquet files, no .token file and was not written by "
+            f"save_to_disk.{OFFLINE_WAYS}"
         )
+    cache = None if cache_folder is None else str(cache_folder / "datasets")
     try:
-        table = datasets.load_dataset("parquet", data_files=files, split="train")
+        table = datasets.Dataset.from_parquet(files, cache_dir=cache)
     except (pyarrow.ArrowInvalid, DatasetGenerationError) as error:
         raise DataError(f"The parquet files in {folder} cannot be read: {error}") from error
+    assert isinstance(table, datasets.Dataset)
     return _table_of(table, str(folder))
 
 

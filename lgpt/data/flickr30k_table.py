@@ -11,12 +11,14 @@ from lgpt.core.errors import DataError
 DEFAULT_SOURCE = "nlphuji/flickr30k"
 PARQUET_REVISION = "refs/convert/parquet"
 OFFLINE_WAYS = f"""
-Flickr30k can be had without the hub in two ways; give either folder as data.source:
+Flickr30k can be had without the hub in three ways; give any of these folders as data.source:
   - parquet files, downloaded elsewhere by
       hf download {DEFAULT_SOURCE} --repo-type dataset \\
         --revision {PARQUET_REVISION} --local-dir DIR
   - a dataset saved by `datasets.Dataset.save_to_disk(DIR)` with the columns
-    image, caption, split and filename."""
+    image, caption, split and filename
+  - the original results_20130124.token (or dataset_flickr30k.json, which also has the splits)
+    beside the folder flickr30k-images."""
 
 _CAPTION_COLUMNS = ("caption", "captions")
 _ID_COLUMNS = ("filename", "img_id")

@@ -15,7 +15,9 @@ SPLIT_NAMES = {
 }
 
 
-def hashed_split(image_id: str, val_fraction: float) -> str:
-    """train or val, by the id alone: adding pictures does not move the others."""
+def hashed_split(image_id: str, val_fraction: float, test_fraction: float = 0.0) -> str:
+    """train, val or test, by the id alone: adding pictures does not move the others."""
     word = int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big")
-    return "val" if word < val_fraction * 2**64 else "train"
+    if word < val_fraction * 2**64:
+        return "val"
+    return "test" if word < (val_fraction + test_fraction) * 2**64 else "train"

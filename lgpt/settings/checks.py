@@ -39,6 +39,14 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
         add("data.shapes", "data.dataset", f"with data.dataset: {run.data.dataset}")
     if run.data.dataset in ("shapes", "openmoji"):
         add("data.source", "data.dataset", f"with data.dataset: {run.data.dataset}")
+    if run.data.dataset != "flickr30k":
+        add(
+            "data.cache_folder data.streaming",
+            "data.dataset",
+            f"with data.dataset: {run.data.dataset}",
+        )
+    elif run.data.streaming:
+        add("data.cache_folder", "data.streaming", "with data.streaming: true (nothing is kept)")
     if run.schedule.decay == "constant":
         add("schedule.final_ratio", "schedule.decay", "with schedule.decay: constant")
     if not run.tracking.enabled:
@@ -66,6 +74,7 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     """Settings that cannot both be meant; each text names them, their places and the way out."""
     at = _Located(run, sources)
     problems = [*_budget(run.schedule, run.training, at), *_data(run.data, at)]
+    problems += _streaming(run, at)
     if isinstance(run, Phase2):
         problems += _vqvae(run.vqvae, run.data, at)
         return problems
@@ -131,6 +140,22 @@ def _data(data: DataSettings, at: At) -> list[Problem]:
         names = ("data.crops", "data.crop_scale_min", "data.dataset", "data.flip")
         problems.append(_problem(text, *names))
     return problems
+
+
+def _streaming(run: RunSettings, at: At) -> list[Problem]:
+    if not run.data.streaming:
+        return []
+    start = f"{at('data.streaming')} gives pictures in their order only, but "
+    if isinstance(run, Phase2):
+        text = f"{start}{at('phase')} reads them at random, again and again; set it to false."
+        return [_problem(text, "data.streaming", "phase")]
+    if run.latent_cache is None:
+        text = (
+            f"{start}without latent_cache every step reads some at random; set latent_cache to a "
+            "folder and run `lgpt prepare` first, or data.streaming to false."
+        )
+        return [_problem(text, "data.streaming", "latent_cache")]
+    return []
 
 
 def _true_captions(run: TransformerRun, at: At) -> list[Problem]:

@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 from pydantic import Field
 
-from lgpt.settings.section import NameOrPath, Section, Seed
+from lgpt.settings.section import FolderOrFile, NameOrPath, Section, Seed
 
 
 class ShapesSettings(Section):
@@ -25,8 +25,20 @@ class DataSettings(Section):
     dataset: Literal["flickr30k", "shapes", "openmoji", "folder"] = "flickr30k"
     source: Optional[NameOrPath] = Field(
         None,
-        description="flickr30k: hub name, save_to_disk folder or folder of parquet files "
-        "(default nlphuji/flickr30k); folder: your pictures; unused by shapes and openmoji",
+        description="flickr30k: hub name, save_to_disk folder, folder of parquet files, or of "
+        "results_20130124.token and flickr30k-images (default nlphuji/flickr30k); folder: your "
+        "pictures; unused by shapes and openmoji",
+    )
+    cache_folder: Optional[FolderOrFile] = Field(
+        None,
+        description="flickr30k: where downloads (hub/) and Arrow files (datasets/) are kept; "
+        "default HF_HOME",
+    )
+    streaming: bool = Field(
+        False,
+        description="flickr30k: `lgpt prepare` reads the hub's parquet files (or local ones) in "
+        "order and keeps no picture on the disk, only the latent cache; training then reads "
+        "captions from the source and latents from the cache",
     )
     resolution: int = Field(256, ge=8, description="side of the square training images, pixels")
     crops: int = Field(1, ge=1, description="different crops of every training image in the cache")

@@ -1,12 +1,15 @@
-"""Flickr30k from local parquet files and saved datasets in the hub's layout, made here."""
+"""Flickr30k by every way there is, from a small set in the hub's layout that is made here."""
 
 from __future__ import annotations
 
 import io
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +17,7 @@ import pytest
 from PIL import Image
 
 from lgpt.core.errors import DataError
+from lgpt.data import flickr30k_datasets, flickr30k_stream
 from lgpt.data.captioned import BadImage, open_dataset
 from lgpt.data.flickr30k import Flickr30kDataset
 from lgpt.settings.data import DataSettings
@@ -72,21 +76,89 @@ def _save_to_disk(folder: Path, as_dict: bool) -> Path:
     return folder
 
 
-def _open(folder: Path, split: Any = "train") -> Flickr30kDataset:
-    dataset = open_dataset(DataSettings(dataset="flickr30k", source=str(folder)), split)
+def _write_original(folder: Path, with_splits: bool) -> Path:
+    """The authors' layout: captions beside pictures, which lie a level deeper, as in their tar."""
+    columns = _columns()
+    pictures = folder / "flickr30k-images" / "flickr30k-images"
+    pictures.mkdir(parents=True)
+    for name, image in zip(columns["filename"], columns["image"]):
+        (pictures / name).write_bytes(image["bytes"])
+    lines = [
+        f"{name}#{k}\t{text.strip()}"
+        for name, texts in zip(columns["filename"], columns["caption"])
+        for k, text in enumerate(" ".join(t.split()) for t in texts)
+    ]
+    (folder / "results_20130124.token").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if with_splits:
+        names = ("filename", "caption", "split")
+        images = [
+            {"filename": name, "sentences": [{"raw": t} for t in texts], "split": split}
+            for name, texts, split in zip(*(columns[name] for name in names))
+        ]
+        text = json.dumps({"images": images, "dataset": "flickr30k"})
+        (folder / "dataset_flickr30k.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+class _HubOfFolders:
+    """Stands in for HfFileSystem: datasets/NAME@REVISION/... is a folder here."""
+
+    root = Path()
+
+    def _local(self, path: str) -> Path:
+        start = "datasets/nlphuji/flickr30k@refs%2Fconvert%2Fparquet"
+        assert path.startswith(start), path
+        return self.root / path[len(start) :].lstrip("/")
+
+    def glob(self, pattern: str) -> list[str]:
+        start = pattern[: pattern.index("/**")]
+        files = self._local(start).rglob("*.parquet")
+        return [f"{start}/{path.relative_to(self.root).as_posix()}" for path in files]
+
+    def info(self, path: str) -> dict[str, Any]:
+        return {"size": self._local(path).stat().st_size}
+
+    def open(self, path: str, mode: str) -> Any:
+        return io.BytesIO(self._local(path).read_bytes())
+
+
+WAYS = ["hub", "hub_streamed", "parquet", "parquet_streamed", "dataset", "dataset_dict", "original"]
+
+
+def _settings(way: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
+    """The set laid out for one of WAYS, and the settings that read it."""
+    source: Optional[str] = str(folder)
+    if way in ("dataset", "dataset_dict"):
+        _save_to_disk(folder, as_dict=way == "dataset_dict")
+    elif way == "original":
+        _write_original(folder, with_splits=True)
+    else:
+        _write_parquet(folder)
+    if way == "hub":
+        monkeypatch.setattr(flickr30k_datasets, "hub_folder", lambda name, **place: folder)
+    if way == "hub_streamed":
+        monkeypatch.setattr(_HubOfFolders, "root", folder)
+        monkeypatch.setattr(huggingface_hub, "HfFileSystem", _HubOfFolders)
+    if way.startswith("hub"):
+        source = None
+    return DataSettings(dataset="flickr30k", source=source, streaming=way.endswith("streamed"))
+
+
+def _open(folder: Path, split: Any = "train", **settings: Any) -> Flickr30kDataset:
+    data = DataSettings(dataset="flickr30k", source=str(folder), **settings)
+    dataset = open_dataset(data, split)
     assert isinstance(dataset, Flickr30kDataset)
     return dataset
 
 
-@pytest.mark.parametrize("layout", ["parquet", "dataset", "dataset_dict"])
-def test_the_split_column_is_respected_in_every_layout(tmp_path: Path, layout: str):
-    folder = tmp_path / "flickr"
-    if layout == "parquet":
-        _write_parquet(folder)
-    else:
-        _save_to_disk(folder, as_dict=layout == "dataset_dict")
-    for split, rows in (("train", range(7)), ("val", (7, 8)), ("test", (9,))):
-        dataset = _open(folder, split)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_split_column_is_respected_by_every_way(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    settings = _settings(way, tmp_path / "flickr", monkeypatch)
+    splits: tuple[tuple[Any, Any], ...] = (("train", range(7)), ("val", (7, 8)), ("test", (9,)))
+    for split, rows in splits:
+        dataset = open_dataset(settings, split)
         assert [dataset.image_id(i) for i in range(len(dataset))] == [
             f"{100 + n}.jpg" for n in rows
         ]
@@ -98,24 +170,32 @@ def test_the_split_column_is_respected_in_every_layout(tmp_path: Path, layout: s
                 image = dataset.load(index)
                 assert (image.mode, image.size) == ("RGB", (16, 12))
                 assert abs(image.getpixel((3, 3))[0] - 20 * row) <= 1
+            else:
+                with pytest.raises(BadImage, match=r"105\.jpg: "):
+                    dataset.load(index)
 
 
-def test_a_cut_off_photograph_is_a_bad_image_with_its_file_name(tmp_path: Path):
-    with pytest.raises(BadImage, match=r"105\.jpg: "):
-        _open(_write_parquet(tmp_path / "flickr")).load(BROKEN)
+def test_the_fingerprint_is_one_for_all_ways_that_know_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found = {}
+    for way in WAYS:
+        settings = _settings(way, tmp_path / way, monkeypatch)
+        found[way] = open_dataset(settings, "train").fingerprint
+        assert open_dataset(settings, "val").fingerprint != found[way]
+    # A stream knows the files' sizes, not the pictures'.
+    assert found["hub_streamed"] == found["parquet_streamed"]
+    assert len(set(found.values())) == 2
 
 
-def test_the_fingerprint_does_not_depend_on_the_layout_but_on_the_split(tmp_path: Path):
-    parquet, saved = _write_parquet(tmp_path / "a"), _save_to_disk(tmp_path / "b", as_dict=False)
-    assert _open(parquet).fingerprint == _open(saved).fingerprint
-    assert _open(parquet).fingerprint != _open(parquet, "val").fingerprint
-
-
-def test_without_the_hub_both_offline_ways_are_told():
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_the_hub_all_offline_ways_are_told(streaming: bool):
     with pytest.raises(DataError) as caught:
-        open_dataset(DataSettings(dataset="flickr30k"), "train")
+        open_dataset(DataSettings(dataset="flickr30k", streaming=streaming), "train")
     text = str(caught.value)
-    assert "nlphuji/flickr30k cannot be reached" in text
+    told = "cannot be streamed" if streaming else "cannot be reached"
+    assert f"nlphuji/flickr30k {told}: Cannot reach" in text
+    assert "results_20130124.token" in text
     assert "hf download nlphuji/flickr30k --repo-type dataset" in text
     assert "--revision refs/convert/parquet" in text
     assert "save_to_disk" in text
@@ -139,3 +219,130 @@ def test_missing_columns_and_empty_splits_name_what_is_there(tmp_path: Path):
         _open(folder)
     with pytest.raises(DataError, match=r"/nowhere is not a folder"):
         _open(Path("/nowhere"))
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read"):
+        _open(folder, streaming=True)
+    saved = _save_to_disk(tmp_path / "d", as_dict=False)
+    (saved / "state.json").write_text("{")
+    with pytest.raises(DataError, match="written by save_to_disk but cannot be read"):
+        _open(saved)
+
+
+def test_downloads_and_arrow_files_go_into_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flickr, cache = _write_parquet(tmp_path / "flickr"), tmp_path / "cache"
+    asked: list[dict[str, Any]] = []
+
+    def download(name: str, **place: Any) -> Path:
+        asked.append({"name": name, **place, "choose": place["choose"](["a.parquet", "README.md"])})
+        return flickr
+
+    monkeypatch.setattr(flickr30k_datasets, "hub_folder", download)
+    open_dataset(DataSettings(dataset="flickr30k", cache_folder=cache), "train")
+    assert asked == [
+        {
+            "name": "nlphuji/flickr30k",
+            "repo_type": "dataset",
+            "revision": "refs/convert/parquet",
+            "choose": ["a.parquet"],
+            "cache_folder": cache / "hub",
+        }
+    ]
+    assert list((cache / "datasets").rglob("*.arrow"))
+    assert not (tmp_path / "hf").exists(), "something was written to the default cache"
+
+
+def test_streaming_writes_nothing_and_reads_every_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "flickr").mkdir()
+    pq.write_table(pa.table(_columns()), tmp_path / "flickr" / "a.parquet", row_group_size=2)
+    reads: list[int] = []
+    read = pq.ParquetFile.read_row_group
+
+    def counted(file: pq.ParquetFile, group: int, **wanted: Any) -> pa.Table:
+        reads.append(group)
+        return read(file, group, **wanted)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    before = sorted(tmp_path.rglob("*"))
+    dataset = _open(tmp_path / "flickr", streaming=True)
+    assert reads == [], "no picture is read for captions and splits"
+    good = [index for index in range(7) if index != BROKEN]
+    in_order = [dataset.load(index).tobytes() for index in good]
+    assert reads == [0, 1, 2, 3]
+    assert sorted(tmp_path.rglob("*")) == before
+    with ThreadPoolExecutor(3) as pool:
+        assert [image.tobytes() for image in pool.map(dataset.load, good)] == in_order
+
+
+def test_what_cannot_be_streamed_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saved = _save_to_disk(tmp_path / "saved", as_dict=False)
+    with pytest.raises(DataError, match=r"reads parquet files and .* has none; leave data\.stream"):
+        _open(saved, streaming=True)
+    with pytest.raises(DataError, match="no column 'image'"):
+        _open(_write_parquet(tmp_path / "bare", without="image"), streaming=True)
+    with pytest.raises(DataError, match=r"lacks the column\(s\) split; its columns are \['image'"):
+        _open(_write_parquet(tmp_path / "splitless", without="split"), streaming=True)
+    (tmp_path / "plain").mkdir()
+    columns = {**_columns(), "image": [b"x"] * 10}
+    pq.write_table(pa.table(columns), tmp_path / "plain" / "a.parquet")
+    with pytest.raises(DataError, match="has no field 'bytes'"):
+        _open(tmp_path / "plain", streaming=True)
+    flickr = _write_parquet(tmp_path / "flickr")
+    monkeypatch.setattr(flickr30k_stream, "LARGEST_GROUP_BYTES", 500)
+    with pytest.raises(DataError, match=r"MB of pictures, and .*row_group_size=100"):
+        _open(flickr, streaming=True)
+
+
+def test_a_stream_that_breaks_off_says_that_the_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dataset = _open(_write_parquet(tmp_path / "flickr"), streaming=True)
+
+    def broken(file: pq.ParquetFile, group: int, **wanted: Any) -> pa.Table:
+        raise ConnectionResetError("the line is dead")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", broken)
+    with pytest.raises(DataError, match=r"test-00000-of.*row group 0: the line is dead\. The same"):
+        dataset.load(0)
+    monkeypatch.setattr(pq.ParquetFile, "read", broken)
+    with pytest.raises(DataError, match=r"captions of .* cannot be read"):
+        _open(tmp_path / "flickr", streaming=True)
+
+
+def test_without_a_split_file_the_token_layout_is_split_by_hash_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    lines = [f"{n}.jpg#{k}\tcaption {k}" for n in range(4000) for k in range(5)]
+    (tmp_path / "results_20130124.token").write_text("\n".join(lines))
+    (tmp_path / "0.jpg").write_bytes(_jpeg(1))
+    with caplog.at_level("WARNING", logger="lgpt"):
+        parts = {split: _open(tmp_path, split) for split in ("train", "val", "test")}
+    assert "not the published ones" in caplog.text
+    ids = {split: {d.image_id(i) for i in range(len(d))} for split, d in parts.items()}
+    assert sum(map(len, ids.values())) == len(set.union(*ids.values())) == 4000
+    for split in ("val", "test"):
+        assert 4000 / 31 * 0.7 < len(ids[split]) < 4000 / 31 * 1.3
+    item = next(i for i in range(len(parts["val"])) if parts["val"].image_id(i) != "0.jpg")
+    with pytest.raises(BadImage, match="no such file"):
+        parts["val"].load(item)
+
+
+def test_original_files_that_cannot_be_used_are_named(tmp_path: Path):
+    folder = _write_original(tmp_path / "flickr", with_splits=False)
+    token = folder / "results_20130124.token"
+    token.write_text("1.jpg#0\ta dog\n1.jpg a cat\n\n#1\tx\n")
+    with pytest.raises(DataError, match=r"(?s)2 line\(s\).*token:2: not NAME.*a cat.*token:4: "):
+        _open(folder)
+    token.write_text("\n")
+    with pytest.raises(DataError, match="it is empty"):
+        _open(folder)
+    token.write_text("1.jpg#0\ta dog\n")
+    with pytest.raises(DataError, match=r"holds the pictures, such as 1\.jpg"):
+        _open(folder)
+    (folder / "dataset_flickr30k.json").write_text('{"images": [{"filename": "1.jpg"}]}')
+    with pytest.raises(DataError, match=r"not Karpathy's .*KeyError: 'split'"):
+        _open(folder)

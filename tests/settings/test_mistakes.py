@@ -251,6 +251,12 @@ def test_a_mapping_where_a_value_belongs_is_told_with_its_place(tmp_path):
             ["captions", "left"],
         ),
         (TRANSFORMER, ["data.dataset=shapes", "data.crop_scale_min=0.5"], ["size and place"]),
+        (VQVAE, ["data.streaming=true"], ["data.streaming = true", "phase = 2", "at random"]),
+        (
+            TRANSFORMER,
+            ["data.streaming=true", "latent_cache=null"],
+            ["without latent_cache", "lgpt prepare"],
+        ),
     ],
 )
 def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
@@ -275,6 +281,9 @@ def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
         (TRANSFORMER, ["conditioning=unconditional", "sampling.guidance=2"]),
         (TRANSFORMER, ["latent_cache=null", "text.cache_dtype=bfloat16"]),
         (TRANSFORMER, ["vqvae.ddconfig=model.yaml"]),
+        (TRANSFORMER, ["data.dataset=shapes", "data.streaming=true"]),
+        (VQVAE, ["data.dataset=shapes", "data.cache_folder=a"]),
+        (TRANSFORMER, ["data.streaming=true", "data.cache_folder=a"]),
     ],
 )
 def test_a_setting_without_effect_is_an_error(base, overrides, tmp_path):
