@@ -22,5 +22,7 @@ class TextSettings(Section):
         "locally with a fixed seed from the captions' own words",
     )
     cache_dtype: Literal["float16", "bfloat16"] = Field(
-        "float16", description="type of the cached embeddings (CLIP's lie within +-40)"
+        "float16",
+        description="type of the cached embeddings: float16 loses 0.02% (CLIP's lie within +-40, "
+        "it holds +-65504), bfloat16 0.17% of what the text encoder gave in float32",
     )

@@ -28,6 +28,7 @@ from toy_pictures import ToyPictures
 
 from lgpt.core.errors import DataError
 from lgpt.data.latent_cache import LatentCache
+from lgpt.data.latent_cache_writer import CachePlan, LatentCacheWriter
 from lgpt.data.transforms import to_unit_range
 
 GOOD = [item for item in range(COUNT) if item not in BAD]
@@ -196,3 +197,106 @@ def test_token_statistics_match_a_count_in_plain_python(whole: Path):
     assert found.used_codes == len(counts)
     assert found.usage == pytest.approx(len(counts) / 300)
     assert found.entropy == pytest.approx(float(-(shares * shares.log()).sum()))
+
+
+def test_a_caption_of_20_tokens_takes_at_most_40_kb_at_width_512(tmp_path: Path):
+    def clip_like(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        # As CLIP gives them: the batch padded, and a mask that ends with the text.
+        text, mask = torch.randn(len(captions), 30, 512), torch.zeros(len(captions), 30)
+        mask[:, :20] = 1
+        return text, mask.bool()
+
+    build(tmp_path / "train", encode_captions=clip_like)
+    manifest = LatentCache.open(tmp_path / "train").manifest
+    text_files = ("embeddings.bin", "embedding_offsets.npy", "caption_rows.npy")
+    size = sum(manifest["files"][name] for name in text_files)
+    assert 20_480 <= size / manifest["different_captions"] <= 20_700 < 40_000
+
+
+def _write_large_cache(folder: Path) -> None:
+    """31,000 pictures, 155,000 captions of 17 words at width 512: 2.7 GB, but zeros are a hole."""
+    pictures, words, width = 31_000, 17, 512
+    plan = CachePlan(
+        fingerprint={},
+        dataset="toy",
+        split="train",
+        items=pictures,
+        crops=4,
+        grid=(16, 16),
+        codebook_size=16384,
+        downsample_factor=16,
+        different_captions=5 * pictures,
+        text_dtype="float16",
+    )
+    writer = LatentCacheWriter(folder, plan, rank=0, world=1)
+    for chunk in writer.begin(lambda: None):
+        size = chunk.stop - chunk.first
+        if chunk.kind == "images":
+            writer.write_chunk(
+                chunk,
+                tokens=np.zeros((size, 4, 256), np.uint16),
+                items=np.arange(chunk.first, chunk.stop),
+                bad_items=np.zeros(0, np.int64),
+                bad_reasons=np.zeros(0, np.str_),
+            )
+        else:
+            writer.write_chunk(
+                chunk,
+                embeddings=np.zeros((size * words, 1), np.int16),
+                lengths=np.full(size, words),
+                cut=np.array(0),
+            )
+    captions = [tuple(f"{n} {k}" for k in range(5)) for n in range(pictures)]
+    writer.finish([str(n) for n in range(pictures)], captions)
+    writer.remove_parts()
+    # Written one number wide; the same file 512 wide, without taking room on the disk.
+    size = 5 * pictures * words * width * 2
+    os.truncate(folder / "embeddings.bin", 0)
+    os.truncate(folder / "embeddings.bin", size)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["text_width"] = width
+    manifest["files"]["embeddings.bin"] = size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_cache_of_155_000_captions_is_opened_without_being_read(tmp_path: Path):
+    _write_large_cache(tmp_path / "train")
+    program = """
+import resource, sys, time
+import numpy as np
+from lgpt.data.latent_cache import LatentCache
+from lgpt.data.latent_cache_writer import CachePlan, LatentCacheWriter
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def of_its_own():  # without pages of files, which the system takes back when it needs them
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+before, started_at = resident(), time.perf_counter()
+cache = LatentCache.open(sys.argv[1])
+seconds, opened = time.perf_counter() - started_at, resident() - before
+own = of_its_own()
+rng = np.random.RandomState(0)
+started_at = time.perf_counter()
+for _ in range(50):
+    items = rng.randint(0, len(cache), 64)
+    batch = cache.batch(items, rng.randint(0, 4, 64), rng.randint(0, 5, 64))
+assert batch.text.shape == (64, 17, 512), batch.text.shape
+images_a_second = 50 * 64 / (time.perf_counter() - started_at)
+print(len(cache), opened, of_its_own() - own, seconds, images_a_second)
+"""
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "train")],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pictures, opened, reading, *measured = map(float, done.stdout.split())
+    assert pictures == 31_000
+    assert opened < 50e6, "it may take 200 MB"
+    assert reading < 50e6
+    # How fast it went depends on the machine: told, not tested.
+    text = "opened in {:.3f} s, + {:.1f} MB; then {:.0f} images/s in random batches, + {:.1f} MB"
+    print(text.format(measured[0], opened / 1e6, measured[1], reading / 1e6))
