@@ -18,6 +18,7 @@ from lgpt.data.flickr30k_table import (
     CaptionTable,
     refuse_without_pictures,
     table_of_columns,
+    text_columns,
 )
 
 _ROWS_A_TIME = 1000
@@ -116,6 +117,6 @@ def open_parquet(folder: Path, cache_folder: Optional[Path]) -> CaptionTable:
 def _table_of(table: datasets.Dataset, source: str) -> CaptionTable:
     refuse_without_pictures(table.column_names, source)
     table = table.cast_column("image", datasets.Image(decode=False))
-    texts = table.select_columns([name for name in table.column_names if name != "image"])
+    texts = table.select_columns(text_columns(table.column_names))
     pictures = _ArrowPictures(table.select_columns("image"))
-    return table_of_columns(texts.to_dict(), source, pictures)
+    return table_of_columns(texts.to_dict(), table.column_names, source, pictures)

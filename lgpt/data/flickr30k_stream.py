@@ -25,6 +25,7 @@ from lgpt.data.flickr30k_table import (
     CaptionTable,
     refuse_without_pictures,
     table_of_columns,
+    text_columns,
 )
 
 _GROUPS_IN_MEMORY = 2
@@ -98,7 +99,11 @@ def stream_hub(name: str) -> CaptionTable:
             _Shard(
                 PurePosixPath(path).name,
                 int(system.info(path)["size"]),
-                pyarrow.parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True),
+                # Captions lie between the pictures of every row group: reading ahead, by default
+                # 5 MB a time, would fetch most pictures for them.
+                pyarrow.parquet.ParquetFile(
+                    system.open(path, "rb", cache_type="none"), pre_buffer=True
+                ),
             )
             for path in paths
         ]
@@ -138,12 +143,13 @@ def _table_of(shards: list[_Shard], source: str) -> CaptionTable:
     for shard in shards:
         refuse_without_pictures(shard.file.schema_arrow.names, source)
         _refuse_large_groups(shard, source)
-    names = [name for name in shards[0].file.schema_arrow.names if name != "image"]
+    names = shards[0].file.schema_arrow.names
+    wanted = text_columns(names)
     try:
-        texts = pyarrow.concat_tables([shard.file.read(columns=names) for shard in shards])
+        texts = pyarrow.concat_tables([shard.file.read(columns=wanted) for shard in shards])
     except Exception as error:  # as above
         raise DataError(f"The captions of {source} cannot be read: {_first_line(error)}") from error
-    return table_of_columns(texts.to_pydict(), source, _StreamedPictures(shards, source))
+    return table_of_columns(texts.to_pydict(), names, source, _StreamedPictures(shards, source))
 
 
 def _refuse_large_groups(shard: _Shard, source: str) -> None:

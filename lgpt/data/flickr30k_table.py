@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Union, runtime_checkable
@@ -52,10 +53,19 @@ class CaptionTable:
     pictures: Pictures
 
 
+def text_columns(names: Sequence[str]) -> list[str]:
+    """Those of a source's columns that a table is made of, beside `image`."""
+    return [name for name in names if name in (*_CAPTION_COLUMNS, "split", *_ID_COLUMNS)]
+
+
 def table_of_columns(
-    columns: dict[str, list[Any]], source: str, pictures: Pictures
+    columns: dict[str, list[Any]], names: Sequence[str], source: str, pictures: Pictures
 ) -> CaptionTable:
-    """A table out of the columns of a Flickr30k on the hub, except `image`.
+    """A table out of the columns of a Flickr30k on the hub.
+
+    Args:
+        columns: Those that `text_columns` chose.
+        names: All that the source has, for messages.
 
     Raises:
         DataError: `caption` or `split` is missing; names what is there.
@@ -66,7 +76,7 @@ def table_of_columns(
     if caption is None or missing:
         raise DataError(
             f"{source} lacks the column(s) {', '.join(missing)}; its columns are "
-            f"{['image', *columns]}. For other pictures use data.dataset=folder."
+            f"{list(names)}. For other pictures use data.dataset=folder."
         )
     id_column = next((name for name in _ID_COLUMNS if name in columns), None)
     rows = range(len(columns["split"]))

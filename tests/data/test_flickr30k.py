@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
@@ -118,7 +121,7 @@ class _HubOfFolders:
     def info(self, path: str) -> dict[str, Any]:
         return {"size": self._local(path).stat().st_size}
 
-    def open(self, path: str, mode: str) -> Any:
+    def open(self, path: str, mode: str, cache_type: str) -> Any:
         return io.BytesIO(self._local(path).read_bytes())
 
 
@@ -225,6 +228,49 @@ def test_missing_columns_and_empty_splits_name_what_is_there(tmp_path: Path):
     (saved / "state.json").write_text("{")
     with pytest.raises(DataError, match="written by save_to_disk but cannot be read"):
         _open(saved)
+
+
+def test_the_real_hub_client_streams_and_downloads_the_same_from_a_server(tmp_path: Path):
+    """Its grammar of paths and revisions, and that captions are fetched without the pictures."""
+    rng, rows = np.random.RandomState(0), 150
+    columns = {
+        "image": [{"bytes": _noise(rng), "path": f"{n}.jpg"} for n in range(rows)],
+        "caption": [[f"caption {k} of {n}" for k in range(5)] for n in range(rows)],
+        "split": ["train"] * (rows - 20) + ["test"] * 20,
+        "filename": [f"{n}.jpg" for n in range(rows)],
+    }
+    folder = tmp_path / "hub" / "TEST" / "test"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table(columns), folder / "0000.parquet", row_group_size=25)
+    (tmp_path / "hub" / "README.md").write_text("not wanted")
+    program = [str(Path(__file__).with_name("hub_server.py"))]
+    done = subprocess.run(
+        [sys.executable, *program, str(tmp_path / "hub"), str(tmp_path / "cache")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    streamed, downloaded = found["streamed"], found["downloaded"]
+    for facts in ("ids", "captions", "pixels"):
+        assert streamed[facts] == downloaded[facts]
+    assert len(streamed["ids"]) == rows - 20
+    size = (folder / "0000.parquet").stat().st_size
+    assert streamed["bytes_for_captions"] < size / 5
+    assert streamed["bytes"] < 1.1 * size
+    kept = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert "0000.parquet" in kept
+    assert "README.md" not in kept
+
+
+def _noise(rng: np.random.RandomState) -> bytes:
+    buffer = io.BytesIO()
+    pixels = rng.randint(0, 256, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_downloads_and_arrow_files_go_into_the_cache_folder(
