@@ -174,6 +174,17 @@ class LatentCache:
         return TokenStatistics(int(counts.sum()), used, used / self.codebook_size, entropy)
 
 
+def pictures_per_call(resolution: int, crops: int) -> int:
+    """How many pictures, each with all its crops, one call of the image encoder gets.
+
+    Args:
+        resolution: Side of a crop, pixels.
+        crops: Crops a picture.
+    """
+    pixels = resolution**2 * crops
+    return max(1, min(_PIXELS_PER_CALL // pixels, _IMAGES_PER_CALL_MAX // crops))
+
+
 def build_latent_cache(
     folder: Path,
     dataset: CaptionedDataset,
@@ -317,8 +328,7 @@ def _tokens_of(
     tokens = np.zeros((len(pictures), plan.crops, grid_tokens), plan.tokens_dtype)
     if not pictures:
         return tokens
-    pixels = pictures[0].shape[-1] * pictures[0].shape[-2] * plan.crops
-    step = max(1, min(_PIXELS_PER_CALL // pixels, _IMAGES_PER_CALL_MAX // plan.crops))
+    step = pictures_per_call(pictures[0].shape[-1], plan.crops)
     for first in range(0, len(pictures), step):
         batch = np.concatenate(pictures[first : first + step])
         codes = encode(to_unit_range(torch.from_numpy(batch)))
