@@ -14,8 +14,7 @@ tokens takes 20.5 KB at width 512. Tokens lose nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
@@ -27,7 +26,8 @@ from torch import Tensor
 
 from lgpt.core.errors import DataError
 from lgpt.core.logging import get_logger
-from lgpt.data.captioned import BadImage, BadImages, CaptionedDataset
+from lgpt.data.captioned import BadImages, CaptionedDataset
+from lgpt.data.encoder_calls import encoder_calls
 from lgpt.data.latent_cache_writer import (
     FORMAT,
     MANIFEST,
@@ -37,7 +37,7 @@ from lgpt.data.latent_cache_writer import (
     refuse_other_fingerprint,
 )
 from lgpt.data.progress import progress
-from lgpt.data.transforms import ImageTransform, to_unit_range
+from lgpt.data.transforms import ImageTransform
 
 _log = get_logger(__name__)
 
@@ -271,73 +271,40 @@ def _encode_images(
     total = sum(chunk.stop - chunk.first for chunk in mine)
     title = f"{dataset.name}/{dataset.split} to tokens"
     with progress(title, total, unit="pictures", is_shown=is_shown) as advance:
-        for chunk, crops in _load_chunks(mine, dataset, transform, workers):
-            good: dict[int, np.ndarray] = {}
-            bad_items: dict[int, str] = {}
-            for item, reading in zip(range(chunk.first, chunk.stop), crops):
-                try:
-                    good[item] = reading.result()
-                except BadImage as error:
-                    bad.skip(dataset.image_id(item), str(error))
-                    bad_items[item] = str(error)
-            tokens = _tokens_of(writer.plan, list(good.values()), encode, advance)
-            writer.write_chunk(
-                chunk,
-                tokens=tokens,
-                items=np.array(list(good), dtype=np.int64),
-                bad_items=np.array(list(bad_items), dtype=np.int64),
-                bad_reasons=np.array(list(bad_items.values()), dtype=np.str_),
-            )
-            advance(len(bad_items))
+        pictures = pictures_per_call(transform.resolution, transform.crops)
+        tokens: list[np.ndarray] = []
+        items: list[int] = []
+        bad_items: dict[int, str] = {}
+        calls = encoder_calls(mine, dataset, transform, pictures=pictures, workers=workers)
+        with closing(calls):
+            for call in calls:
+                for item, reason in call.bad.items():
+                    bad.skip(dataset.image_id(item), reason)
+                tokens.append(_tokens_of(writer.plan, call.images, encode))
+                items += call.items
+                bad_items.update(call.bad)
+                advance(len(call.items) + len(call.bad))
+                if call.is_last:
+                    writer.write_chunk(
+                        call.chunk,
+                        tokens=np.concatenate(tokens),
+                        items=np.array(items, dtype=np.int64),
+                        bad_items=np.array(list(bad_items), dtype=np.int64),
+                        bad_reasons=np.array(list(bad_items.values()), dtype=np.str_),
+                    )
+                    tokens, items, bad_items = [], [], {}
 
 
-def _load_chunks(
-    chunks: list[Chunk], dataset: CaptionedDataset, transform: ImageTransform, workers: int
-) -> Iterator[tuple[Chunk, list[Future[np.ndarray]]]]:
-    """Pictures [crops, 3, H, W] of each chunk; the next chunk is read while this one is encoded."""
-
-    def load(item: int) -> np.ndarray:
-        image = dataset.load(item)
-        return np.stack([transform(image, item, crop) for crop in range(transform.crops)])
-
-    with ThreadPoolExecutor(max(1, workers), "lgpt-latents") as pool:
-        waiting: list[tuple[Chunk, list[Future[np.ndarray]]]] = []
-        try:
-            for chunk in chunks:
-                waiting.append(
-                    (chunk, [pool.submit(load, i) for i in range(chunk.first, chunk.stop)])
-                )
-                if len(waiting) > 1:
-                    yield waiting.pop(0)
-            while waiting:
-                yield waiting.pop(0)
-        finally:
-            for _, readings in waiting:
-                for reading in readings:
-                    reading.cancel()
-
-
-def _tokens_of(
-    plan: CachePlan,
-    pictures: list[np.ndarray],
-    encode: ImageEncoder,
-    advance: Callable[[int], None],
-) -> np.ndarray:
-    """Tokens [pictures, crops, h * w], encoded in batches of a fixed size."""
-    grid_tokens = plan.grid[0] * plan.grid[1]
-    tokens = np.zeros((len(pictures), plan.crops, grid_tokens), plan.tokens_dtype)
-    if not pictures:
-        return tokens
-    step = pictures_per_call(pictures[0].shape[-1], plan.crops)
-    for first in range(0, len(pictures), step):
-        batch = np.concatenate(pictures[first : first + step])
-        codes = encode(to_unit_range(torch.from_numpy(batch)))
-        assert tuple(codes.shape) == (len(batch), *plan.grid), (codes.shape, plan.grid)
+def _tokens_of(plan: CachePlan, images: Tensor, encode: ImageEncoder) -> np.ndarray:
+    """Tokens [pictures, crops, h * w] of one call's crops."""
+    tokens = np.zeros((0, *plan.grid), plan.tokens_dtype)
+    if len(images) > 0:
+        codes = encode(images)
+        assert tuple(codes.shape) == (len(images), *plan.grid), (codes.shape, plan.grid)
         assert int(codes.min()) >= 0, codes.min()
         assert int(codes.max()) < plan.codebook_size, (codes.max(), plan.codebook_size)
-        tokens[first : first + step] = codes.cpu().numpy().reshape(-1, plan.crops, grid_tokens)
-        advance(len(batch) // plan.crops)
-    return tokens
+        tokens = codes.cpu().numpy().astype(plan.tokens_dtype)
+    return tokens.reshape(-1, plan.crops, plan.grid[0] * plan.grid[1])
 
 
 def _encode_captions(
