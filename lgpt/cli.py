@@ -30,6 +30,8 @@ config_app = typer.Typer(
 )
 vqvae_app = typer.Typer(help="Work with a VQ-VAE on its own.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Keep MLflow in step with run folders.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure this machine with a run's own code.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(mlflow_app, name="mlflow")
 app.add_typer(vqvae_app, name="vqvae")
@@ -85,6 +87,19 @@ def _load(
     return load_run_settings(config, words, world_size=ranks or world_size())
 
 
+def _load_transformer_run(
+    config: str, overrides: Optional[list[str]], text_encoder: Optional[str] = None
+) -> Any:
+    # Ranks that prepare share pictures, not a batch: any number of them fits.
+    run = _load(config, overrides, text_encoder, ranks=1)
+    if run.trains != "transformer":
+        raise SettingsError(
+            f"Phase {run.phase} trains the VQ-VAE on pictures; only phases 1 and 3 have "
+            "latents to prepare."
+        )
+    return run
+
+
 @app.command()
 def train(
     config: str = _CONFIG,
@@ -122,13 +137,7 @@ def prepare(
 
         deepspeed --num_gpus N --module lgpt prepare CONFIG
     """
-    # Its ranks share pictures, not a batch: any number of them fits.
-    run = _load(config, overrides, text_encoder, ranks=1)
-    if run.trains != "transformer":
-        raise SettingsError(
-            f"Phase {run.phase} trains the VQ-VAE on pictures; only phases 1 and 3 have "
-            "latents to prepare."
-        )
+    run = _load_transformer_run(config, overrides, text_encoder)
     from lgpt.training.encode_latents import prepare_latent_cache
 
     reports = prepare_latent_cache(run)
@@ -280,6 +289,41 @@ def convert_vqvae_command(
     vqvae, _ = open_guessed(source, kind, ddconfig)
     files = convert_vqvae(vqvae, out, to=to, overwrite=overwrite)
     print(f"Wrote {' and '.join(str(file) for file in files)}.")
+
+
+@bench_app.command("prepare")
+def bench_prepare_command(
+    config: str = _CONFIG,
+    overrides: Optional[list[str]] = _OVERRIDES,
+    images: int = typer.Option(64, min=1, help="training pictures that are prepared"),
+    rounds: int = typer.Option(3, min=1, help="medians over so many rounds are given"),
+    random_vqvae: bool = typer.Option(
+        False, "--random-vqvae", help="random weights where the run's VQ-VAE is missing"
+    ),
+    as_json: bool = _JSON,
+) -> None:
+    """Compare `lgpt prepare` with a bare loop over the VQ-VAE's encoder: images a second."""
+    run = _load_transformer_run(config, overrides)
+    from lgpt.training.bench_prepare import bench_prepare, prepare_table
+
+    result = bench_prepare(run, images=images, rounds=rounds, random_vqvae=random_vqvae)
+    _print_table(prepare_table(result), result, as_json)
+
+
+@bench_app.command("loader")
+def bench_loader_command(
+    config: str = _CONFIG,
+    overrides: Optional[list[str]] = _OVERRIDES,
+    batches: int = typer.Option(200, min=1, help="batches a round"),
+    rounds: int = typer.Option(5, min=1, help="medians over so many rounds are given"),
+    as_json: bool = _JSON,
+) -> None:
+    """Measure random batches from a run's latent cache: rates, opening, memory."""
+    run = _load_transformer_run(config, overrides)
+    from lgpt.training.bench_loader import bench_loader, loader_table
+
+    result = bench_loader(run, batches=batches, rounds=rounds)
+    _print_table(loader_table(result), result, as_json)
 
 
 @vqvae_app.command("export-taming")
