@@ -54,6 +54,10 @@ EXTRAS = {
         "import-linter>=2",
         "beartype>=0.18",
         "scipy>=1.9",
+        # tests/launch/test_notebook.py
+        "nbclient>=0.8",
+        "nbformat>=5.7",
+        "ipykernel>=6.20",
         "setuptools>=70.1",  # tests/test_wheel.py builds without isolation
         "types-PyYAML",
     ],
