@@ -43,6 +43,7 @@ def bench(*words: Any) -> dict[str, Any]:
 def test_prepare_is_compared_with_the_bare_encoder(config: Path, tmp_path: Path):
     result = bench("prepare", config, "--images", 6, "--rounds", 2)
     assert result["ratio"] > 0
+    assert 0 < result["encoder_share"] < 1
     assert len(result["ratios"]) == result["rounds"] == 2
     assert (result["pictures"], result["crops"], result["images_per_call"]) == (6, 1, 6)
     for name in ("bare_images_per_second", "prepare_images_per_second"):
