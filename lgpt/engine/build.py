@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lgpt.engine.start import Float32Products, load_deepspeed
-from lgpt.models.latent_gpt import Block
 from lgpt.models.quantizer import Codebook
 from lgpt.settings.training import OptimizerSettings
 
@@ -49,7 +48,8 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     """Wrap a model in a DeepSpeed engine with AdamW in two groups.
 
     Args:
-        model: In float32, the same weights on every rank.
+        model: In float32, the same weights on every rank. Its `zero3_leaf_modules`, if it has them,
+            are the classes of submodules that ZeRO-3 gathers as a whole.
         optimizer: AdamW's numbers; the loop sets the learning rate at every step.
         ds_config: Resolved, without "auto" (settings/deepspeed.py). Copied: DeepSpeed keeps what it
             is handed.
@@ -70,12 +70,11 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     if Float32Products.is_on:
         # DeepSpeed's own linear function multiplies in bf16 in its backward (seen: 2 s a step).
         config["zero_optimization"]["memory_efficient_linear"] = False
-    if config["zero_optimization"]["stage"] == 3 and any(
-        isinstance(m, Block) for m in model.modules()
-    ):
+    leaves = getattr(model, "zero3_leaf_modules", ())
+    if config["zero_optimization"]["stage"] == 3 and leaves:
         # Gathered and released as a whole: hooks and messages a block, not a matrix. Two gloo ranks
         # did 1.7 times the steps (test_convert.py and test_three_phases.py draw through it).
-        deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        deepspeed.utils.set_z3_leaf_modules(model, list(leaves))
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw, config=config, dist_init_required=False
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -189,6 +189,8 @@ class LatentGPT(nn.Module):
     Args:
         config: The model's shape.
     """
+
+    zero3_leaf_modules: ClassVar[tuple[type[nn.Module], ...]] = (Block,)
 
     def __init__(self, config: LatentGPTConfig) -> None:
         super().__init__()
