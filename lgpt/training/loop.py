@@ -132,16 +132,18 @@ class _Loop:
         agreed = max_over_ranks(
             {
                 "is_stopping": float(signals.received is not None),
-                "has_diverged": float(not math.isfinite(metrics[self.task.main_loss])),
+                "has_diverged": float(bool(self._not_finite(metrics))),
                 "is_skipped": float(math.isinf(metrics["gradient_norm"])),
                 "elapsed_seconds": self.progress.elapsed_seconds,
             },
             self.device,
         )
         if agreed["has_diverged"]:
+            names = self._not_finite(metrics) or [self.task.main_loss]
+            here = ", ".join(f"{name} {metrics[name]}" for name in names)
             self._diverged(
-                f"{self.task.main_loss} is not finite at step {self.progress.step + 1} (on this "
-                f"rank {metrics[self.task.main_loss]}; gradient norm {metrics['gradient_norm']})"
+                f"{names[0]} is not finite at step {self.progress.step + 1} (on this rank {here}; "
+                f"gradient norm {metrics['gradient_norm']})"
             )
         self._count_skipped(agreed["is_skipped"] > 0)
         self.progress.elapsed_seconds = agreed["elapsed_seconds"]
@@ -162,6 +164,11 @@ class _Loop:
         if _due(step, training.sample_every) or is_last:
             self._draw()
         return agreed["is_stopping"] > 0
+
+    def _not_finite(self, metrics: Mapping[str, float]) -> list[str]:
+        """The losses of this rank that must be finite and are not."""
+        losses = [name for name in self.task.finite_losses if name in metrics]
+        return [name for name in losses if not math.isfinite(metrics[name])]
 
     def _count_skipped(self, is_skipped: bool) -> None:
         """Of a step with a finite loss, before `progress` counts it.
@@ -266,7 +273,7 @@ class _Loop:
         if self.saved_step == step:
             return
         save_checkpoint(
-            {"model": self.task.engine},
+            self.task.engines(),
             run.run_folder,
             step,
             trainer_state=asdict(self.progress),

@@ -13,11 +13,22 @@ class TrainingTask(Protocol):
     """One phase's step functions around its engine."""
 
     engine: Any
+    """The engine of the model that is exported; the loop sets its learning rate."""
+
     main_loss: str
-    """Name of the metric that must stay finite and that the report shows."""
+    """Name of the metric that the report shows."""
+
+    finite_losses: tuple[str, ...]
+    """Names of the metrics that must stay finite, where a step has them; the main loss is one."""
 
     tokens_per_image: int
     """Latent tokens an image, for tokens/s."""
+
+    def build_engines(self, ds_config: dict[str, Any]) -> None:
+        """Wrap everything that is trained in DeepSpeed engines."""
+
+    def engines(self) -> dict[str, Any]:
+        """Every engine by the name of its folder in a checkpoint; "model" is the exported one."""
 
     def train_step(self, step: int) -> Mapping[str, float]:
         """One optimizer step on the global batch number `step`; this rank's mean metrics."""

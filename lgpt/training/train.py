@@ -14,7 +14,6 @@ from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, 
 from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically
 from lgpt.core.logging import get_logger
-from lgpt.engine.build import build_engine
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.engine.start import afford_bf16, start_process_group
 from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tags
@@ -74,7 +73,7 @@ def _train_from(
             world_size(),
             device.type,
         )
-    task.engine = build_engine(task.model, run.optimizer, ds_config)
+    task.build_engines(ds_config)
     seed_everything(run.seed, rank())
     progress = Progress() if newest is None else _resume(run, task, newest)
     _write_run_folder(run, ds_config, task)
@@ -120,8 +119,8 @@ def _write_run_folder(
 
 
 def _resume(run: RunSettings, task: Task, folder: Path) -> Progress:
-    """Load a checkpoint of the run folder into the engine."""
-    state = load_checkpoint({"model": task.engine}, folder)
+    """Load a checkpoint of the run folder into the engines."""
+    state = load_checkpoint(task.engines(), folder)
     progress = Progress(**state)
     if progress.step > run.training.max_steps:
         raise SettingsError(

@@ -14,7 +14,7 @@ from lgpt.core.distributed import rank, world_size
 from lgpt.data.image_batches import ImageBatches
 from lgpt.data.latent_cache import LatentCache
 from lgpt.data.transforms import to_pil
-from lgpt.engine.build import parameter_dtype
+from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import gather_to_rank_zero, mean_over_ranks
 from lgpt.models.attention import choose_kernel
 from lgpt.models.clip_encoder import ClipTextEncoder
@@ -46,9 +46,10 @@ class TransformerTask:
     """The step functions of a transformer run."""
 
     main_loss = "ce_loss"
+    finite_losses = ("ce_loss",)
 
     def __init__(self, run: TransformerRun, device: torch.device) -> None:
-        """Open data and frozen parts and make the model; `engine` is set by the caller.
+        """Open data and frozen parts and make the model; `build_engines` makes the engine.
 
         Raises:
             DataError: The latent cache is missing or was made from something else.
@@ -127,6 +128,14 @@ class TransformerTask:
             "transformer_params": self.model.num_parameters(),
             "text_encoder_is_random": self.text_encoder is not None and self.text_encoder.is_random,
         }
+
+    def build_engines(self, ds_config: dict[str, Any]) -> None:
+        """One engine, around the model."""
+        self.engine = build_engine(self.model, self.run.optimizer, ds_config)
+
+    def engines(self) -> dict[str, Any]:
+        """The model's engine."""
+        return {"model": self.engine}
 
     def train_step(self, step: int) -> Mapping[str, float]:
         """One optimizer step; cross-entropy in nats a token."""

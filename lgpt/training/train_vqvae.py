@@ -13,7 +13,7 @@ from lgpt.core.distributed import is_rank_zero, rank, world_size
 from lgpt.data.image_batches import ImageBatches
 from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
-from lgpt.engine.build import parameter_dtype
+from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 from lgpt.sampling.pipeline import picture_grid
@@ -35,9 +35,10 @@ class VqvaeTask:
     """The step functions of a phase 2 run."""
 
     main_loss = "recon_loss"
+    finite_losses = ("recon_loss",)
 
     def __init__(self, run: Phase2, device: torch.device) -> None:
-        """Open the pictures and make the model; `engine` is set by the caller."""
+        """Open the pictures and make the model; `build_engines` makes the engine."""
         self.run, self.device = run, device
         self.train_images = self._images("train")
         self.val_images = self._images("val")
@@ -73,6 +74,14 @@ class VqvaeTask:
             "downsample_factor": self.run.vqvae.downsample_factor,
             "vqvae_params": sum(p.numel() for p in self.model.parameters()),
         }
+
+    def build_engines(self, ds_config: dict[str, Any]) -> None:
+        """One engine, around the model."""
+        self.engine = build_engine(self.model, self.run.optimizer, ds_config)
+
+    def engines(self) -> dict[str, Any]:
+        """The model's engine."""
+        return {"model": self.engine}
 
     def train_step(self, step: int) -> Mapping[str, float]:
         """One optimizer step on reconstruction, codebook and commitment loss."""

@@ -31,6 +31,7 @@ class CountingTask:
     """Notes what the loop asks for; losses and gradient norms by the number of the step done."""
 
     main_loss = "recon_loss"
+    finite_losses = ("recon_loss",)
     tokens_per_image = 16
 
     def __init__(self) -> None:
@@ -43,6 +44,12 @@ class CountingTask:
             optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
             get_global_grad_norm=lambda: self.norms.get(self._step, 1.0),
         )
+
+    def build_engines(self, ds_config: dict[str, Any]) -> None:
+        raise AssertionError("the loop builds nothing")
+
+    def engines(self) -> dict[str, Any]:
+        return {"model": self.engine}
 
     def train_step(self, step: int) -> Mapping[str, float]:
         self._step = step + 1
