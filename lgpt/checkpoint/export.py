@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from lgpt import __version__
 from lgpt.checkpoint.convert import merged_weights
+from lgpt.checkpoint.folders import newest_checkpoint, verify
 from lgpt.checkpoint.manifest import FILE_NAME as MANIFEST
 from lgpt.checkpoint.manifest import Manifest, list_files, read_manifest
 from lgpt.checkpoint.model_card import Export, model_card, source_commit
-from lgpt.checkpoint.store import newest_checkpoint, verify
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.files import (
     sha256_of_file,

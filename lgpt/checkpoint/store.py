@@ -20,13 +20,12 @@ folders that you trust. Conversion (convert.py) does not.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -39,6 +38,7 @@ from lgpt.checkpoint.manifest import (
     read_manifest,
     record_files,
 )
+from lgpt.checkpoint.retention import prune, sweep
 from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
 from lgpt.core.distributed import barrier, is_rank_zero, rank, world_size
 from lgpt.core.errors import CheckpointError
@@ -46,7 +46,6 @@ from lgpt.core.files import sync_folder, write_json_atomically, write_text_atomi
 from lgpt.core.logging import get_logger
 from lgpt.engine.ranks import broadcast_from_rank_zero, gather_to_rank_zero
 
-_STEP_FOLDER = re.compile(r"step_(\d+)")
 _TRAINER_STATE = "trainer_state.json"
 
 _log = get_logger(__name__)
@@ -86,59 +85,10 @@ def save_checkpoint(
             shutil.rmtree(staging, ignore_errors=True)
         raise
     if is_rank_zero():
-        _prune(checkpoints, keep_last)
+        prune(checkpoints, keep_last)
         _log.info("Checkpoint %s saved", final)
     barrier()
     return final
-
-
-def newest_checkpoint(run_folder: Path) -> Optional[Path]:
-    """The newest checkpoint whose files are all there in full size; others are told and skipped.
-
-    Call it on one rank and broadcast the answer: a network file system may show ranks different
-    things.
-    """
-    for folder in _step_folders(run_folder / "checkpoints"):
-        problems = verify(folder, deep=False)
-        if not problems:
-            return folder
-        _log.warning("Checkpoint %s is skipped: %s", folder, "; ".join(problems[:3]))
-    return None
-
-
-def set_aside_after(run_folder: Path, step: int) -> list[Path]:
-    """Rename checkpoints of later steps to `.diverged_step_<n>`; rank 0 only.
-
-    They are kept for whoever wants to look into them, but no run goes on from them.
-
-    Returns:
-        The folders that were set aside, under their new names.
-    """
-    checkpoints, aside = run_folder / "checkpoints", []
-    for folder in _step_folders(checkpoints):
-        if _step_of(folder) > step:
-            aside.append(folder.with_name(f".diverged_{folder.name}"))
-            shutil.rmtree(aside[-1], ignore_errors=True)
-            folder.rename(aside[-1])
-    left = newest_checkpoint(run_folder)
-    if left is not None:
-        write_text_atomically(checkpoints / "latest", f"{left.name}\n")
-    else:
-        (checkpoints / "latest").unlink(missing_ok=True)
-    return aside
-
-
-def verify(folder: Path, deep: bool) -> list[str]:
-    """What is wrong with a checkpoint folder; empty when it is whole.
-
-    Args:
-        deep: Also read every byte and compare digests, not only sizes.
-    """
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError as error:
-        return [str(error)]
-    return problems_of_files(folder, manifest.files, deep)
 
 
 def load_checkpoint(engines: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -184,7 +134,7 @@ def _stage(
 
     def prepare() -> None:
         if is_rank_zero():
-            _sweep(staging.parent)  # what resists is told after the save, by _prune
+            sweep(staging.parent)  # what resists is told after the save, by prune
             if staging.exists():
                 shutil.rmtree(staging)
             (staging / "rng").mkdir(parents=True)
@@ -316,57 +266,6 @@ def _publish(staging: Path, final: Path) -> None:
     staging.rename(final)
     sync_folder(final.parent)
     write_text_atomically(final.parent / "latest", f"{final.name}\n")
-
-
-def _prune(checkpoints: Path, keep_last: int) -> None:
-    """Keep the newest `keep_last` whole ones; what is damaged and older than those goes too."""
-    whole = [folder for folder in _step_folders(checkpoints) if not verify(folder, deep=False)]
-    if len(whole) <= keep_last:
-        old = []
-    else:
-        old = [
-            folder
-            for folder in _step_folders(checkpoints)
-            if _step_of(folder) < _step_of(whole[keep_last - 1])
-        ]
-    problems = []
-    for folder in old:
-        # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
-        try:
-            folder.rename(folder.with_name(f".pruned_{folder.name}"))
-        except OSError as error:
-            problems.append(str(error))
-    problems += _sweep(checkpoints)
-    if problems:
-        _log.warning("Old checkpoints could not be removed: %s", "; ".join(problems))
-
-
-def _sweep(checkpoints: Path) -> list[str]:
-    """Remove what an interrupted save or removal left; returns what could not be removed.
-
-    A file that a reader holds open makes a folder on NFS resist, and the next save must not fail
-    for it.
-    """
-    problems = []
-    for kind in ("staging", "pruned", "replaced"):
-        for folder in checkpoints.glob(f".{kind}_step_*"):
-            try:
-                shutil.rmtree(folder)
-            except OSError as error:
-                problems.append(str(error))
-    return problems
-
-
-def _step_folders(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, newest step first."""
-    found = [path for path in checkpoints.glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(folder: Path) -> int:
-    match = _STEP_FOLDER.fullmatch(folder.name)
-    assert match is not None
-    return int(match.group(1))
 
 
 def _rng_file(folder: Path) -> Path:

@@ -13,7 +13,8 @@ from typing import NoReturn, Optional
 import torch
 from tqdm import tqdm
 
-from lgpt.checkpoint.store import newest_checkpoint, save_checkpoint, set_aside_after
+from lgpt.checkpoint.folders import newest_checkpoint, set_aside_after
+from lgpt.checkpoint.store import save_checkpoint
 from lgpt.core.distributed import barrier, is_rank_zero
 from lgpt.core.errors import DivergedError, StoppedEarly
 from lgpt.core.logging import get_logger

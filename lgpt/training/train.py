@@ -9,7 +9,8 @@ from typing import Any, Optional, Union
 import torch
 
 from lgpt.checkpoint.export import convert_run
-from lgpt.checkpoint.store import load_checkpoint, newest_checkpoint
+from lgpt.checkpoint.folders import newest_checkpoint
+from lgpt.checkpoint.store import load_checkpoint
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
 from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically

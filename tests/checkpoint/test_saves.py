@@ -11,9 +11,10 @@ import pytest
 import torch
 from two_rank_saves import CASES
 
+from lgpt.checkpoint.folders import newest_checkpoint, verify
 from lgpt.checkpoint.manifest import list_files, read_manifest
 from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
-from lgpt.checkpoint.store import load_checkpoint, newest_checkpoint, save_checkpoint, verify
+from lgpt.checkpoint.store import load_checkpoint, save_checkpoint
 from lgpt.core.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
