@@ -13,6 +13,8 @@ from typing import Any, Optional
 
 import typer
 
+from lgpt.cli_bench import bench_app
+from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_run, load_transformer_run, print_table
 from lgpt.core.distributed import rank, world_size
 from lgpt.core.errors import LgptError, SettingsError
 from lgpt.core.logging import configure_logging
@@ -30,20 +32,16 @@ config_app = typer.Typer(
 )
 vqvae_app = typer.Typer(help="Work with a VQ-VAE on its own.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Keep MLflow in step with run folders.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure this machine with a run's own code.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(mlflow_app, name="mlflow")
 app.add_typer(vqvae_app, name="vqvae")
 
-_CONFIG = typer.Argument(..., help="a YAML file, or a shipped name such as demo/phase3_shapes")
-_OVERRIDES = typer.Argument(None, help="section.key=value ..., wins over the file")
 _TEXT_ENCODER = typer.Option(
     None, help="hub name or folder of a CLIP model: short for text.encoder=..."
 )
 _RANKS = typer.Option(1, help="ranks that the DeepSpeed config is resolved for", min=1)
 _LARGEST_SEED = 2**62  # as in run configs
-_JSON = typer.Option(False, "--json", help="also print one JSON object on the last line")
 
 
 def main() -> None:
@@ -73,37 +71,10 @@ def _tell(error: LgptError) -> None:
         print(f"lgpt: [rank {number}] {error}", file=sys.stderr, flush=True)
 
 
-def _load(
-    config: str,
-    overrides: Optional[list[str]],
-    text_encoder: Optional[str] = None,
-    ranks: Optional[int] = None,
-) -> Any:
-    from lgpt.settings.run import load_run_settings
-
-    words = list(overrides or [])
-    if text_encoder is not None:
-        words.append(f"text.encoder={text_encoder}")
-    return load_run_settings(config, words, world_size=ranks or world_size())
-
-
-def _load_transformer_run(
-    config: str, overrides: Optional[list[str]], text_encoder: Optional[str] = None
-) -> Any:
-    # Ranks that prepare share pictures, not a batch: any number of them fits.
-    run = _load(config, overrides, text_encoder, ranks=1)
-    if run.trains != "transformer":
-        raise SettingsError(
-            f"Phase {run.phase} trains the VQ-VAE on pictures; only phases 1 and 3 have "
-            "latents to prepare."
-        )
-    return run
-
-
 @app.command()
 def train(
-    config: str = _CONFIG,
-    overrides: Optional[list[str]] = _OVERRIDES,
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
     text_encoder: Optional[str] = _TEXT_ENCODER,
 ) -> None:
     """Train a run, or go on with it from its newest checkpoint.
@@ -116,7 +87,7 @@ def train(
     """
     from lgpt.settings.deepspeed import resolve_deepspeed_config
 
-    run = _load(config, overrides, text_encoder)
+    run = load_run(config, overrides, text_encoder)
     ds_config = resolve_deepspeed_config(run, world_size())
     from lgpt.training.train import train as train_run
 
@@ -125,10 +96,10 @@ def train(
 
 @app.command()
 def prepare(
-    config: str = _CONFIG,
-    overrides: Optional[list[str]] = _OVERRIDES,
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
     text_encoder: Optional[str] = _TEXT_ENCODER,
-    as_json: bool = _JSON,
+    as_json: bool = JSON,
 ) -> None:
     """Encode a run's pictures and captions once into its latent cache.
 
@@ -137,7 +108,7 @@ def prepare(
 
         deepspeed --num_gpus N --module lgpt prepare CONFIG
     """
-    run = _load_transformer_run(config, overrides, text_encoder)
+    run = load_transformer_run(config, overrides, text_encoder)
     from lgpt.training.encode_latents import prepare_latent_cache
 
     reports = prepare_latent_cache(run)
@@ -200,7 +171,7 @@ def evaluate(
     ),
     guidance: Optional[float] = typer.Option(None, help="guidance scale; default: the model's"),
     seed: int = typer.Option(0, min=0, max=_LARGEST_SEED),
-    as_json: bool = _JSON,
+    as_json: bool = JSON,
 ) -> None:
     """Measure how often pictures show what their prompts say (models trained on shapes).
 
@@ -209,27 +180,18 @@ def evaluate(
     from lgpt.evaluation.prompt_accuracy import accuracy_table, evaluate_model
 
     result = evaluate_model(model, prompt_accuracy, guidance=guidance, seed=seed)
-    _print_table(accuracy_table(result), result, as_json)
+    print_table(accuracy_table(result), result, as_json)
 
 
 @app.command()
 def report(
-    runs: list[Path] = typer.Argument(..., help="run folders"), as_json: bool = _JSON
+    runs: list[Path] = typer.Argument(..., help="run folders"), as_json: bool = JSON
 ) -> None:
     """Steps, time, losses and measured accuracy of runs, side by side."""
     from lgpt.evaluation.report import report_table, run_report
 
     reports = [run_report(folder) for folder in runs]
-    _print_table(report_table(reports), {"runs": reports}, as_json)
-
-
-def _print_table(table: Any, result: dict[str, Any], as_json: bool) -> None:
-    from rich.console import Console
-
-    # Not a terminal: wide enough that no row is broken in a log file.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-    if as_json:
-        print(json.dumps(result))
+    print_table(report_table(reports), {"runs": reports}, as_json)
 
 
 _SOURCE_OPTION = typer.Option(
@@ -256,7 +218,7 @@ def inspect_command(
         None, min=1, help="side that pictures are cut to; default: the one of its config"
     ),
     max_images: int = typer.Option(16, min=1, help="so many pictures are used"),
-    as_json: bool = _JSON,
+    as_json: bool = JSON,
 ) -> None:
     """Say what a VQ-VAE's files hold; with --images, send pictures through it and back."""
     from lgpt.evaluation.vqvae_inspection import inspect_vqvae, inspection_table
@@ -270,7 +232,7 @@ def inspect_command(
         resolution=resolution,
         max_images=max_images,
     )
-    _print_table(inspection_table(result), result, as_json)
+    print_table(inspection_table(result), result, as_json)
 
 
 @vqvae_app.command("convert")
@@ -289,41 +251,6 @@ def convert_vqvae_command(
     vqvae, _ = open_guessed(source, kind, ddconfig)
     files = convert_vqvae(vqvae, out, to=to, overwrite=overwrite)
     print(f"Wrote {' and '.join(str(file) for file in files)}.")
-
-
-@bench_app.command("prepare")
-def bench_prepare_command(
-    config: str = _CONFIG,
-    overrides: Optional[list[str]] = _OVERRIDES,
-    images: int = typer.Option(64, min=1, help="training pictures that are prepared"),
-    rounds: int = typer.Option(3, min=1, help="medians over so many rounds are given"),
-    random_vqvae: bool = typer.Option(
-        False, "--random-vqvae", help="random weights where the run's VQ-VAE is missing"
-    ),
-    as_json: bool = _JSON,
-) -> None:
-    """Compare `lgpt prepare` with a bare loop over the VQ-VAE's encoder: images a second."""
-    run = _load_transformer_run(config, overrides)
-    from lgpt.training.bench_prepare import bench_prepare, prepare_table
-
-    result = bench_prepare(run, images=images, rounds=rounds, random_vqvae=random_vqvae)
-    _print_table(prepare_table(result), result, as_json)
-
-
-@bench_app.command("loader")
-def bench_loader_command(
-    config: str = _CONFIG,
-    overrides: Optional[list[str]] = _OVERRIDES,
-    batches: int = typer.Option(200, min=1, help="batches a round"),
-    rounds: int = typer.Option(5, min=1, help="medians over so many rounds are given"),
-    as_json: bool = _JSON,
-) -> None:
-    """Measure random batches from a run's latent cache: rates, opening, memory."""
-    run = _load_transformer_run(config, overrides)
-    from lgpt.training.bench_loader import bench_loader, loader_table
-
-    result = bench_loader(run, batches=batches, rounds=rounds)
-    _print_table(loader_table(result), result, as_json)
 
 
 @vqvae_app.command("export-taming")
@@ -348,17 +275,17 @@ def mlflow_sync(run: Path = typer.Argument(..., help="a run folder")) -> None:
 
 @config_app.command("show")
 def config_show(
-    config: str = _CONFIG,
-    overrides: Optional[list[str]] = _OVERRIDES,
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
     text_encoder: Optional[str] = _TEXT_ENCODER,
     ranks: int = _RANKS,
-    as_json: bool = _JSON,
+    as_json: bool = JSON,
 ) -> None:
     """Print the resolved run config and the resolved DeepSpeed JSON."""
     from lgpt.settings.deepspeed import resolve_deepspeed_config
     from lgpt.settings.show import as_json_object, render
 
-    run = _load(config, overrides, text_encoder, ranks)
+    run = load_run(config, overrides, text_encoder, ranks)
     ds_config = resolve_deepspeed_config(run, ranks)
     print(f"# {_counted_parameters(run)}")
     print(render(run, ds_config))
@@ -368,15 +295,15 @@ def config_show(
 
 @config_app.command("validate")
 def config_validate(
-    config: str = _CONFIG,
-    overrides: Optional[list[str]] = _OVERRIDES,
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
     text_encoder: Optional[str] = _TEXT_ENCODER,
     ranks: int = _RANKS,
 ) -> None:
     """Say whether a run config and its DeepSpeed config fit together; all problems at once."""
     from lgpt.settings.deepspeed import resolve_deepspeed_config
 
-    run = _load(config, overrides, text_encoder, ranks)
+    run = load_run(config, overrides, text_encoder, ranks)
     resolve_deepspeed_config(run, ranks)
     print(
         f"{config}: right for {ranks} rank(s); phase {run.phase} trains the {run.trains}, "

@@ -1,0 +1,46 @@
+"""`lgpt bench ...`: measure this machine with a run's own code."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import typer
+
+from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_transformer_run, print_table
+
+bench_app = typer.Typer(help="Measure this machine with a run's own code.", no_args_is_help=True)
+
+
+@bench_app.command("prepare")
+def bench_prepare_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    images: int = typer.Option(64, min=1, help="training pictures that are prepared"),
+    rounds: int = typer.Option(3, min=1, help="medians over so many rounds are given"),
+    random_vqvae: bool = typer.Option(
+        False, "--random-vqvae", help="random weights where the run's VQ-VAE is missing"
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Compare `lgpt prepare` with a bare loop over the VQ-VAE's encoder: images a second."""
+    run = load_transformer_run(config, overrides)
+    from lgpt.training.bench_prepare import bench_prepare, prepare_table
+
+    result = bench_prepare(run, images=images, rounds=rounds, random_vqvae=random_vqvae)
+    print_table(prepare_table(result), result, as_json)
+
+
+@bench_app.command("loader")
+def bench_loader_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    batches: int = typer.Option(200, min=1, help="batches a round"),
+    rounds: int = typer.Option(5, min=1, help="medians over so many rounds are given"),
+    as_json: bool = JSON,
+) -> None:
+    """Measure random batches from a run's latent cache: rates, opening, memory."""
+    run = load_transformer_run(config, overrides)
+    from lgpt.training.bench_loader import bench_loader, loader_table
+
+    result = bench_loader(run, batches=batches, rounds=rounds)
+    print_table(loader_table(result), result, as_json)
