@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from lgpt.core.logging import get_logger
+
+_logger = get_logger(__name__)
 ANSWER_SECONDS = 5.0
 
 
@@ -26,7 +29,8 @@ def hub_folder(
     Args:
         name: Such as nlphuji/flickr30k.
         repo_type: model or dataset.
-        choose: From the names of all files to the ones that are wanted; not called without a hub.
+        choose: From the names of all files to the ones that are wanted; what it raises comes
+            through, before anything is fetched. Not called without a hub.
         revision: Branch or commit; default main.
         cache_folder: Where downloads are kept; default huggingface_hub's own place.
 
@@ -35,16 +39,19 @@ def hub_folder(
     """
     from huggingface_hub import snapshot_download
 
-    place: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
-    place["cache_dir"] = None if cache_folder is None else str(cache_folder)
+    asked: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
+    asked["cache_dir"] = None if cache_folder is None else str(cache_folder)
     files, silence = _files_of(name, repo_type, revision)
+    if silence is None:
+        asked["allow_patterns"] = list(choose(files))
     try:
-        if silence is None:
-            return Path(snapshot_download(name, allow_patterns=list(choose(files)), **place))
-        return Path(snapshot_download(name, local_files_only=True, **place))
+        folder = snapshot_download(name, local_files_only=silence is not None, **asked)
     # By release its own errors, requests' or httpx's.
     except Exception as error:
         raise ConnectionError(_first_line(silence or error)) from error
+    if silence is not None:
+        _logger.info("%s is read from the hub cache, %s: %s", name, folder, _first_line(silence))
+    return Path(folder)
 
 
 def _files_of(

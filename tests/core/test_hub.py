@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from lgpt.core.errors import CheckpointError
 from lgpt.core.hub import ANSWER_SECONDS, hub_folder
 
 
@@ -46,7 +49,9 @@ except ConnectionError as error:
     assert "Traceback" not in done.stderr
 
 
-def test_offline_the_reason_comes_at_once_and_a_cached_repository_is_read(tmp_path: Path):
+def test_offline_the_reason_comes_at_once_and_a_cached_repository_is_read_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with pytest.raises(ConnectionError, match="offline mode is enabled"):
         hub_folder("nobody/nothing", repo_type="model", choose=list, cache_folder=tmp_path)
     commit = "0" * 40
@@ -55,7 +60,9 @@ def test_offline_the_reason_comes_at_once_and_a_cached_repository_is_read(tmp_pa
     (repository / "refs" / "main").write_text(commit)
     (repository / "snapshots" / commit).mkdir(parents=True)
     (repository / "snapshots" / commit / "config.json").write_text("{}")
-    found = hub_folder("some/clip", repo_type="model", choose=list, cache_folder=tmp_path)
+    with caplog.at_level(logging.INFO, logger="lgpt"):
+        found = hub_folder("some/clip", repo_type="model", choose=list, cache_folder=tmp_path)
+    assert f"some/clip is read from the hub cache, {found}: " in caplog.text
     assert [path.name for path in found.iterdir()] == ["config.json"]
 
 
@@ -87,8 +94,25 @@ def test_only_the_chosen_files_of_the_asked_revision_are_fetched(
     assert fetched == [
         {
             "allow_patterns": ["a.parquet"],
+            "local_files_only": False,
             "repo_type": "dataset",
             "revision": "r1",
             "cache_dir": str(tmp_path),
         }
     ]
+
+
+def test_what_choosing_raises_comes_through_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Hub:
+        def repo_info(self, name: str, **asked: Any) -> SimpleNamespace:
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename="README.md")])
+
+    def choose(files: Sequence[str]) -> Sequence[str]:
+        raise CheckpointError(f"only {', '.join(files)} is there")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked"))
+    with pytest.raises(CheckpointError, match=r"only README\.md is there"):
+        hub_folder("some/set", repo_type="model", choose=choose)
