@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lgpt.core.errors import CheckpointError
+from lgpt.core.hub import hub_folder
 from lgpt.models.pytorch_file import read_pytorch_file
 
 FLAX_WEIGHTS = "flax_model.msgpack"
@@ -104,37 +106,52 @@ def llamagen_file(checkpoint: str) -> Path:
     path = Path(checkpoint)
     if path.is_file():
         return path
-    patterns = ["vq_ds*.pt", "*.pt"]
-    if not path.is_dir():
-        repository, name = _split_hub_name(checkpoint)
-        patterns = [name or "vq_ds16*.pt"]
-        path = _downloaded(repository, patterns, "a .pt file")
+    if path.is_dir():
+        return path / _llamagen_name(_names_in(path), ["vq_ds*.pt", "*.pt"], checkpoint)
+    repository, name = _split_hub_name(checkpoint)
+    patterns = [name or "vq_ds16*.pt"]
+    folder = _downloaded(
+        repository, lambda files: [_llamagen_name(files, patterns, repository)], "a .pt file"
+    )
+    return folder / _llamagen_name(_names_in(folder), patterns, str(folder))
+
+
+def _llamagen_name(files: Sequence[str], patterns: Sequence[str], place: str) -> str:
     for pattern in patterns:
-        found = sorted(file for file in path.glob(pattern) if file.is_file())
+        found = sorted(name for name in files if fnmatchcase(name, pattern))
         if len(found) == 1:
             return found[0]
         if found:
-            names = ", ".join(file.name for file in found[:8])
             raise CheckpointError(
-                f"{checkpoint} holds {len(found)} of {pattern} ({names}); name the one to read, as "
-                f"{checkpoint}/{found[0].name}."
+                f"{place} holds {len(found)} of {pattern} ({', '.join(found[:8])}); name the one "
+                f"to read, as {place}/{found[0]}."
             )
-    raise CheckpointError(
-        f"{checkpoint} holds no LlamaGen VQ: no {' and no '.join(patterns)} is there."
-    )
+    raise CheckpointError(f"{place} holds no LlamaGen VQ: no {' and no '.join(patterns)} is there.")
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()]
 
 
 def flax_folder(checkpoint: str) -> Path:
     """A folder as it is, that of a file, or of a hub name from the local hub cache or the hub.
 
     Raises:
-        CheckpointError: It is neither.
+        CheckpointError: It is neither, or the hub's repository holds no Flax VQGAN.
     """
     path = Path(checkpoint)
     if path.is_dir() or path.is_file():
         return path if path.is_dir() else path.parent
     names = ["config.json", FLAX_WEIGHTS]
-    return _downloaded(checkpoint, names, f"a folder with {' and '.join(names)}")
+
+    def choose(files: Sequence[str]) -> list[str]:
+        if missing := [name for name in names if name not in files]:
+            raise CheckpointError(
+                f"the hub's {checkpoint} is not a Flax VQGAN: it has no {' and no '.join(missing)}."
+            )
+        return names
+
+    return _downloaded(checkpoint, choose, f"a folder with {' and '.join(names)}")
 
 
 def _split_hub_name(name: str) -> tuple[str, str]:
@@ -143,15 +160,11 @@ def _split_hub_name(name: str) -> tuple[str, str]:
     return "/".join(parts[:2]), "".join(parts[2:])
 
 
-def _downloaded(name: str, patterns: list[str], instead: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _downloaded(name: str, choose: Callable[[Sequence[str]], Sequence[str]], instead: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        # The hub client has its own tree of errors, over http, file and value errors.
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        return hub_folder(name, repo_type="model", choose=choose)
+    except ConnectionError as error:
         raise CheckpointError(
-            f"VQ-VAE {name!r} is neither a folder nor a reachable hub model ({reason}). Give "
-            f"{instead}."
+            f"VQ-VAE {name!r} is neither a folder nor a reachable hub model "
+            f"({str(error).rstrip('.')}). Give {instead}."
         ) from error

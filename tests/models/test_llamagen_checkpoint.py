@@ -103,22 +103,43 @@ def test_folder_with_several_files_asks_which_one(tmp_path: Path) -> None:
     assert load_vqvae("pretrained_llamagen", tmp_path).vocab_size == 64
 
 
+HUB = ["README.md", "c2i_B_256.pt", "vq_ds16_c2i.pt", "vq_ds8_c2i.pt"]
+
+
 def test_hub_name_is_asked_for_the_right_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        shutil.copy(FOLDER / "vq_ds16_tiny.pt", tmp_path / "vq_ds16_c2i.pt")
-        shutil.copy(FOLDER / "vq_ds16_tiny.pt", tmp_path / "vq_ds8_c2i.pt")
-        return str(tmp_path)
+    def download(name: str, *, repo_type: str, choose: Callable[[list[str]], list[str]]) -> Path:
+        asked.append((name, repo_type, choose(HUB)))
+        for file in HUB[1:]:  # the cache holds what was fetched before, too
+            shutil.copy(FOLDER / "vq_ds16_tiny.pt", tmp_path / file)
+        return tmp_path
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("lgpt.models.source_files.hub_folder", download)
     load_vqvae("pretrained_llamagen", "FoundationVision/LlamaGen")
     load_vqvae("pretrained_llamagen", "FoundationVision/LlamaGen/vq_ds8_c2i.pt")
-    repository = "FoundationVision/LlamaGen"
-    assert asked == [(repository, ["vq_ds16*.pt"]), (repository, ["vq_ds8_c2i.pt"])]
+    place = ("FoundationVision/LlamaGen", "model")
+    assert asked == [(*place, ["vq_ds16_c2i.pt"]), (*place, ["vq_ds8_c2i.pt"])]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (HUB[:2], r"o/r holds no LlamaGen VQ: no vq_ds16\*\.pt is there"),
+        ([*HUB, "vq_ds16_t2i.pt"], r"2 of .*name the one to read, as o/r/vq_ds16_c2i\.pt"),
+    ],
+)
+def test_nothing_is_fetched_of_a_repository_that_lacks_it_or_leaves_a_choice(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], message: str
+) -> None:
+    def download(name: str, *, repo_type: str, choose: Callable[[list[str]], list[str]]) -> Path:
+        raise AssertionError(f"{choose(files)} would be fetched")
+
+    monkeypatch.setattr("lgpt.models.source_files.hub_folder", download)
+    with pytest.raises(CheckpointError, match=message):
+        load_vqvae("pretrained_llamagen", "o/r")
 
 
 def test_unreachable_hub_name_says_what_to_give_instead() -> None:

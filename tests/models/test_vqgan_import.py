@@ -7,6 +7,9 @@ import json
 import logging
 import math
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -354,6 +357,57 @@ def test_yaml_that_asks_for_another_architecture_is_refused(tmp_path: Path) -> N
 def test_unreachable_hub_name_says_what_to_give_instead() -> None:
     with pytest.raises(CheckpointError, match="neither a folder nor a reachable hub model"):
         load_vqvae("pretrained_hf", "nobody/no-such-vqgan")
+
+
+def test_hub_name_is_asked_for_config_and_weights_and_refused_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = ["README.md", "config.json", "flax_model.msgpack"]
+
+    def download(name: str, *, repo_type: str, choose: Callable[[list[str]], list[str]]) -> Path:
+        assert (name, repo_type, choose(listed)) == ("some/vqgan", "model", listed[1:])
+        return FIXTURES / "flax_tiny"
+
+    monkeypatch.setattr("lgpt.models.source_files.hub_folder", download)
+    assert load_vqvae("pretrained_hf", "some/vqgan").vocab_size == 64
+    listed[:] = ["config.json", "pytorch_model.bin"]
+    message = r"hub's some/vqgan is not a Flax VQGAN: it has no flax_model\.msgpack\."
+    with pytest.raises(CheckpointError, match=message):
+        load_vqvae("pretrained_hf", "some/vqgan")
+
+
+def test_hub_that_takes_the_connection_and_says_nothing_is_given_up_on(tmp_path: Path) -> None:
+    program = """
+import lgpt.core.hub
+from lgpt import load_vqvae
+from lgpt.core.errors import CheckpointError
+lgpt.core.hub.ANSWER_SECONDS = 1.0
+for source in ("pretrained_hf", "pretrained_llamagen"):
+    try:
+        load_vqvae(source, "nobody/nothing")
+    except CheckpointError as error:
+        print(error)
+"""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(20)
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+            "NO_PROXY": "127.0.0.1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,  # without a deadline it waits for ever
+            check=False,
+        )
+    words = "VQ-VAE 'nobody/nothing' is neither a folder nor a reachable hub model"
+    assert done.stdout.count(words) == 2, done.stderr
 
 
 def test_settings_that_have_no_meaning_are_refused() -> None:
