@@ -156,6 +156,7 @@ def test_pictures_are_encoded_in_float32_whatever_training_is(home: Path, whole:
     tokens = cache.batch(items, crops, np.zeros_like(items)).tokens
     assert torch.equal(tokens, vqvae.encode(pictures).flatten(1))
     halved = vqvae.bfloat16()
+    # How many is in test_vqgan_import.py.
     assert (halved.encode(images).flatten() != expected.flatten()).any()
     assert (halved.encode(pictures).flatten(1) != tokens).any()
 
