@@ -6,7 +6,14 @@ from typing import Optional
 
 import typer
 
-from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_transformer_run, print_table
+from lgpt.cli_parts import (
+    CONFIG,
+    JSON,
+    OVERRIDES,
+    load_transformer_run,
+    load_vqvae_run,
+    print_table,
+)
 
 bench_app = typer.Typer(help="Measure this machine with a run's own code.", no_args_is_help=True)
 
@@ -44,3 +51,19 @@ def bench_loader_command(
 
     result = bench_loader(run, batches=batches, rounds=rounds)
     print_table(loader_table(result), result, as_json)
+
+
+@bench_app.command("vqvae")
+def bench_vqvae_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    steps: int = typer.Option(1000, min=2, help="optimizer steps of our recipe"),
+    measurements: int = typer.Option(10, min=1, help="so often both are measured on the way"),
+    as_json: bool = JSON,
+) -> None:
+    """Compare phase 2 with LlamaGen's recipe in plain PyTorch, at equal steps and at equal time."""
+    run = load_vqvae_run(config, overrides)
+    from lgpt.training.bench_recipe import bench_recipe, recipe_table
+
+    result = bench_recipe(run, steps=steps, measurements=measurements)
+    print_table(recipe_table(result), result, as_json)

@@ -43,6 +43,16 @@ def load_transformer_run(
     return run
 
 
+def load_vqvae_run(config: str, overrides: Optional[list[str]]) -> Any:
+    run = load_run(config, overrides, ranks=1)
+    if run.trains != "vqvae":
+        raise SettingsError(
+            f"Phase {run.phase} trains a transformer; only phase 2 trains a VQ-VAE, such as "
+            "demo/phase2_openmoji_f8."
+        )
+    return run
+
+
 def print_table(table: Any, result: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
