@@ -18,6 +18,8 @@ for _name in [n for n in os.environ if n.startswith(("LGPT_", "MLFLOW_"))]:
 # MLflow 3.17 otherwise starts eight more processes and a telemetry thread.
 os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# jupyter_core 5.8, the last one with Python 3.9, otherwise warns at import, which is an error here.
+os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
 
 
 def _cuda_is_there() -> bool:
