@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lgpt.engine.start import Float32Products, load_deepspeed
-from lgpt.models.quantizer import Codebook
+from lgpt.models.codebook import Codebook
 from lgpt.settings.training import OptimizerSettings
 
 # Decay would pull the codes of a VQ-VAE away from the latents that they stand for.

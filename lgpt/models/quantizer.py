@@ -1,4 +1,4 @@
-"""Vector quantization: the nearest code, and how codes learn.
+"""Vector quantization: codes in place of latents, and how codes learn.
 
 Shapes: B batch, h w latent grid, D code width, K codes, N = B*h*w latent vectors.
 Key grammar of taming-transformers: the codebook is `embedding.weight` [K, D].
@@ -7,7 +7,7 @@ Key grammar of taming-transformers: the codebook is `embedding.weight` [K, D].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Distances are built for so many pairs at a time (2^25 float32 = 128 MiB).
-_MAX_DISTANCES = 1 << 25
+from lgpt.models.codebook import Codebook, apply_keeping_float32_buffers, world_size
+
 # A code with less than this share of the average use restarts at a latent of the batch.
 _DEAD_BELOW_SHARE = 0.1
 # Below this moving count the mean sum / count is no longer trusted and the code stays where it is.
@@ -37,82 +37,6 @@ class Quantized(NamedTuple):
     tokens: Int[Tensor, "batch h w"]
     codebook_loss: Float[Tensor, ""]
     commitment_loss: Float[Tensor, ""]
-
-
-@torch.no_grad()
-def nearest_codes(
-    z: Float[Tensor, "batch dim h w"], codebook: Float[Tensor, "codes dim"]
-) -> Int[Tensor, "batch h w"]:
-    """Index of the closest code for every latent vector.
-
-    Squared Euclidean distance as |e|^2 - 2 z.e (|z|^2 is the same for every code), so no
-    (batch*h*w, codes, dim) tensor is built; in float32 even under bf16, because the subtraction
-    cancels. Source: van den Oord et al. 2017, eq. 1, https://arxiv.org/abs/1711.00937.
-
-    Args:
-        z: Encoder output, before the straight-through step.
-        codebook: Code vectors, one per row.
-
-    Returns:
-        Code indices, row-major over the latent grid.
-    """
-    batch, dim, height, width = z.shape
-    z_ND = z.float().permute(0, 2, 3, 1).reshape(-1, dim)
-    return _nearest_rows(z_ND, codebook.float()).view(batch, height, width)
-
-
-def _nearest_rows(z_ND: Tensor, codebook_KD: Tensor) -> Tensor:
-    with torch.autocast(device_type=z_ND.device.type, enabled=False):
-        squared_K = codebook_KD.square().sum(dim=1)
-        rows = max(1, _MAX_DISTANCES // codebook_KD.shape[0])
-        parts = [
-            torch.addmm(squared_K, part, codebook_KD.t(), alpha=-2.0).argmin(dim=1)
-            for part in z_ND.split(rows)
-        ]
-    return torch.cat(parts)
-
-
-class Codebook(nn.Module):
-    """The code vectors, searched and read inside one forward so that ZeRO-3 gathers them once.
-
-    Args:
-        num_codes: K.
-        dim: D.
-        is_learned: A parameter, moved by gradients; otherwise a float32 buffer.
-        is_normalized: Codes are used at unit length (the stored rows need not have it).
-    """
-
-    weight: Tensor
-
-    def __init__(self, num_codes: int, dim: int, *, is_learned: bool, is_normalized: bool) -> None:
-        super().__init__()
-        self.is_normalized = is_normalized
-        weight = torch.empty(num_codes, dim).uniform_(-1.0 / num_codes, 1.0 / num_codes)
-        if is_normalized:
-            weight = functional.normalize(weight, dim=1)
-        if is_learned:
-            self.weight = nn.Parameter(weight)
-        else:
-            self.register_buffer("weight", weight)
-
-    def forward(
-        self,
-        z_ND: Optional[Float[Tensor, "n dim"]] = None,
-        tokens: Optional[Int[Tensor, " n"]] = None,
-    ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n dim"]]:
-        """Tokens of the latents (or the given tokens) and their codes in float32."""
-        if tokens is None:
-            assert z_ND is not None
-            with torch.no_grad():
-                rows = self.weight.float()
-                tokens = _nearest_rows(
-                    z_ND, functional.normalize(rows, dim=1) if self.is_normalized else rows
-                )
-        codes_ND = functional.embedding(tokens, self.weight).float()
-        return tokens, functional.normalize(codes_ND, dim=1) if self.is_normalized else codes_ND
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return _apply_keeping_float32_buffers(self, fn, recurse)
 
 
 class VectorQuantizer(nn.Module):
@@ -212,7 +136,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _lay_codes_onto(self, z_ND: Tensor) -> None:
         rows_KD = _rows_of_first_rank(z_ND, self.num_codes)
-        fair_share = z_ND.shape[0] * _world_size() / self.num_codes
+        fair_share = z_ND.shape[0] * world_size() / self.num_codes
         self.embedding.weight.copy_(
             functional.normalize(rows_KD, dim=1) if self.is_normalized else rows_KD
         )
@@ -225,7 +149,7 @@ class VectorQuantizer(nn.Module):
         dim = z_ND.shape[1]
         batch_sums = z_ND.new_zeros(self.num_codes, dim + 1)  # the last column counts
         batch_sums.index_add_(0, tokens_N, torch.cat([z_ND, z_ND.new_ones(len(z_ND), 1)], dim=1))
-        if _world_size() > 1:
+        if world_size() > 1:
             dist.all_reduce(batch_sums)
         self.ema_sum.lerp_(batch_sums[:, :dim], 1.0 - self.ema_decay)
         self.ema_count.lerp_(batch_sums[:, dim], 1.0 - self.ema_decay)
@@ -248,11 +172,7 @@ class VectorQuantizer(nn.Module):
         self.ema_sum[dead] = _rows_of_first_rank(z_ND, len(dead)) * fair_share
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return _apply_keeping_float32_buffers(self, fn, recurse)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return apply_keeping_float32_buffers(self, fn, recurse)
 
 
 def _rows_of_first_rank(z_ND: Tensor, count: int) -> Tensor:
@@ -264,23 +184,6 @@ def _rows_of_first_rank(z_ND: Tensor, count: int) -> Tensor:
         repeats = torch.randint(available, (count - available,), device=z_ND.device)
         noise = torch.randn(count - available, z_ND.shape[1], device=z_ND.device)
         rows = torch.cat([rows, z_ND[repeats] + 0.01 * z_ND.std() * noise])
-    if _world_size() > 1:
+    if world_size() > 1:
         dist.broadcast(rows, src=0)
     return rows
-
-
-def _apply_keeping_float32_buffers(
-    module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool
-) -> nn.Module:
-    """`nn.Module._apply` that moves float32 buffers between devices but never rounds them.
-
-    DeepSpeed before 0.19 calls `module.bfloat16()` on the whole model: moving averages with a decay
-    of 0.99 then stand still, because bf16 has 8 bits.
-    """
-    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-    nn.Module._apply(module, fn, recurse)
-    for name, buffer in before.items():
-        after = module._buffers[name]
-        if buffer.dtype == torch.float32 and after is not None and after.dtype != torch.float32:
-            module._buffers[name] = buffer.to(device=after.device)
-    return module

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lgpt.models.quantizer import VectorQuantizer, nearest_codes
+from lgpt.models.codebook import nearest_codes
+from lgpt.models.quantizer import VectorQuantizer
 
 
 def _rows(z: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def test_many_latents_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
     z, codebook = torch.randn(3, 4, 5, 5), torch.randn(9, 4)
     whole = nearest_codes(z, codebook)
-    monkeypatch.setattr("lgpt.models.quantizer._MAX_DISTANCES", 9 * 4)
+    monkeypatch.setattr("lgpt.models.codebook._MAX_DISTANCES", 9 * 4)
     assert torch.equal(nearest_codes(z, codebook), whole)
 
 
