@@ -1,4 +1,4 @@
-"""The code vectors, and the search for the nearest one.
+"""The code vectors: the search for the nearest one, and how evenly latents choose among them.
 
 Shapes: B batch, h w latent grid, D code width, K codes, N = B*h*w latent vectors.
 """
@@ -6,16 +6,18 @@ Shapes: B batch, h w latent grid, D code width, K codes, N = B*h*w latent vector
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 # Distances are built for so many pairs at a time (2^25 float32 = 128 MiB).
 _MAX_DISTANCES = 1 << 25
+_LOG_EPS = 1e-5  # the reference's, under the logarithm of the mean probabilities
 
 
 @torch.no_grad()
@@ -43,12 +45,73 @@ def nearest_codes(
 def _nearest_rows(z_ND: Tensor, codebook_KD: Tensor) -> Tensor:
     with torch.autocast(device_type=z_ND.device.type, enabled=False):
         squared_K = codebook_KD.square().sum(dim=1)
-        rows = max(1, _MAX_DISTANCES // codebook_KD.shape[0])
         parts = [
             torch.addmm(squared_K, part, codebook_KD.t(), alpha=-2.0).argmin(dim=1)
-            for part in z_ND.split(rows)
+            for part in z_ND.split(_rows_at_a_time(codebook_KD))
         ]
     return torch.cat(parts)
+
+
+def _rows_at_a_time(codebook_KD: Tensor) -> int:
+    return max(1, _MAX_DISTANCES // codebook_KD.shape[0])
+
+
+def entropy_loss(
+    z_ND: Float[Tensor, "n dim"], codebook_KD: Float[Tensor, "codes dim"], temperature: float
+) -> Float[Tensor, ""]:
+    """mean_n H(p_n) - H(mean_n p_n), in nats: every latent sure of its code, all codes in use.
+
+    p_n = softmax_k(-|z_n - e_k|^2 / temperature). The mean probabilities are those of this call's
+    latents on all ranks; with gradient accumulation, those of one micro batch of every rank.
+    Source: MAGVIT-v2, eq. 5, https://arxiv.org/abs/2310.05737, as IBQ weighs it (0.05, temperature
+    0.01), https://arxiv.org/abs/2412.02692; distances in place of IBQ's products z.e, because here
+    the nearest code is chosen.
+
+    Args:
+        z_ND: Latents; the gradient reaches them.
+        codebook_KD: Code vectors; the gradient reaches them too.
+        temperature: Of the soft choice; small is sharp.
+    """
+    parts = z_ND.split(_rows_at_a_time(codebook_KD))
+    # A logit is built twice rather than kept when there are too many for one piece.
+    sums = [
+        _entropy_sums(part, codebook_KD, temperature)
+        if len(parts) == 1
+        else checkpoint(_entropy_sums, part, codebook_KD, temperature, use_reentrant=False)
+        for part in parts
+    ]
+    mean_K = torch.stack([probabilities for probabilities, _ in sums]).sum(0) / len(z_ND)
+    if world_size() > 1:
+        over_ranks_K = mean_K.detach().clone()
+        dist.all_reduce(over_ranks_K)
+        # The gradient through this rank's own share is whole once gradients are averaged.
+        mean_K = mean_K + (over_ranks_K / world_size() - mean_K).detach()
+    sample_entropy = torch.stack([entropies for _, entropies in sums]).sum() / len(z_ND)
+    return sample_entropy + (mean_K * (mean_K + _LOG_EPS).log()).sum()
+
+
+def _entropy_sums(z_ND: Tensor, codebook_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sums over the latents: of their probabilities [K], and of their entropies."""
+    squared_K = codebook_KD.square().sum(dim=1)
+    # |z|^2 is missing: it is the same for all codes, so the softmax does not see it.
+    logits_NK = torch.addmm(squared_K, z_ND, codebook_KD.t(), alpha=-2.0) / -temperature
+    log_probabilities_NK = logits_NK.log_softmax(dim=1)
+    probabilities_NK = log_probabilities_NK.exp()
+    return probabilities_NK.sum(0), -(probabilities_NK * log_probabilities_NK).sum()
+
+
+class Found(NamedTuple):
+    """What one look into the codebook gives.
+
+    Attributes:
+        tokens: Code indices.
+        codes: Their vectors in float32, as the decoder expects them.
+        entropy_loss: See `entropy_loss`; 0 when it was not asked for.
+    """
+
+    tokens: Int[Tensor, " n"]
+    codes: Float[Tensor, "n dim"]
+    entropy_loss: Float[Tensor, ""]
 
 
 class Codebook(nn.Module):
@@ -78,17 +141,24 @@ class Codebook(nn.Module):
         self,
         z_ND: Optional[Float[Tensor, "n dim"]] = None,
         tokens: Optional[Int[Tensor, " n"]] = None,
-    ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n dim"]]:
-        """Tokens of the latents (or the given tokens) and their codes in float32."""
+        entropy_temperature: Optional[float] = None,
+    ) -> Found:
+        """Tokens of the latents (or the given tokens), their codes, and the entropy loss."""
+        entropy = torch.zeros((), device=self.weight.device)
         if tokens is None:
             assert z_ND is not None
             with torch.no_grad():
-                rows = self.weight.float()
-                tokens = _nearest_rows(
-                    z_ND, functional.normalize(rows, dim=1) if self.is_normalized else rows
-                )
-        codes_ND = functional.embedding(tokens, self.weight).float()
-        return tokens, functional.normalize(codes_ND, dim=1) if self.is_normalized else codes_ND
+                tokens = _nearest_rows(z_ND, self._at_its_length(self.weight.float()))
+        if entropy_temperature is not None:
+            assert z_ND is not None
+            # A copy: the pieces are built again in the backward, when ZeRO-3 has let go of it.
+            rows_KD = self._at_its_length(self.weight.to(torch.float32, copy=True))
+            entropy = entropy_loss(z_ND, rows_KD, entropy_temperature)
+        codes_ND = self._at_its_length(functional.embedding(tokens, self.weight).float())
+        return Found(tokens, codes_ND, entropy)
+
+    def _at_its_length(self, rows_ND: Tensor) -> Tensor:
+        return functional.normalize(rows_ND, dim=1) if self.is_normalized else rows_ND
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return apply_keeping_float32_buffers(self, fn, recurse)

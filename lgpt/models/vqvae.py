@@ -37,12 +37,14 @@ class VQVAEOutput(NamedTuple):
         tokens: Row-major code indices.
         codebook_loss: See `Quantized`.
         commitment_loss: See `Quantized`; without its weight.
+        entropy_loss: See `Quantized`; without its weight.
     """
 
     reconstruction: Float[Tensor, "batch 3 H W"]
     tokens: Int[Tensor, "batch h w"]
     codebook_loss: Float[Tensor, ""]
     commitment_loss: Float[Tensor, ""]
+    entropy_loss: Float[Tensor, ""]
 
 
 class VQVAE(nn.Module):
@@ -50,12 +52,13 @@ class VQVAE(nn.Module):
 
     Args:
         config: The architecture.
+        entropy_temperature: Training forwards also give the entropy loss at this temperature.
 
     Attributes:
         loading: What `load_vqvae` found and did; None for one that was not loaded by it.
     """
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig, *, entropy_temperature: Optional[float] = None) -> None:
         super().__init__()
         self.config = config
         self.loading: Optional[LoadingReport] = None
@@ -68,6 +71,7 @@ class VQVAE(nn.Module):
             update=config.codebook_update,
             ema_decay=config.ema_decay,
             revive_dead_codes=config.revive_dead_codes,
+            entropy_temperature=entropy_temperature,
         )
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
@@ -98,7 +102,11 @@ class VQVAE(nn.Module):
             self.decoder(self.post_quant_conv(quantized.latents))
         )
         return VQVAEOutput(
-            reconstruction, quantized.tokens, quantized.codebook_loss, quantized.commitment_loss
+            reconstruction,
+            quantized.tokens,
+            quantized.codebook_loss,
+            quantized.commitment_loss,
+            quantized.entropy_loss,
         )
 
     def latents(self, images: Float[Tensor, "batch 3 H W"]) -> Float[Tensor, "batch dim h w"]:

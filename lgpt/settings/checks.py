@@ -57,6 +57,8 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
             add(ema_only, "vqvae.codebook_update", "with codebook_update: gradient (only with ema)")
         else:
             add("loss.codebook_weight", "vqvae.codebook_update", "with codebook_update: ema")
+        if run.loss.entropy_weight == 0:
+            add("loss.entropy_temperature", "loss.entropy_weight", "with loss.entropy_weight: 0")
         return void
     if run.conditioning == "unconditional":
         text_only = "text transformer.cond_drop sampling.guidance sampling.prompts"

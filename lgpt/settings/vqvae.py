@@ -47,6 +47,10 @@ class VqvaeLossSettings(Section):
     reconstruction: Literal["l1", "l2"] = "l1"
     codebook_weight: float = Field(1.0, ge=0)
     commitment_weight: float = Field(0.25, ge=0, description="beta, on the encoder's side")
+    entropy_weight: float = Field(
+        0.0, ge=0, description="pulls latents to one code each and all codes into use; IBQ: 0.05"
+    )
+    entropy_temperature: float = Field(0.01, gt=0, description="of its soft choice of codes")
 
 
 class VqvaeSourceSettings(Section):

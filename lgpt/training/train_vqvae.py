@@ -46,7 +46,10 @@ class VqvaeTask:
         self.crop_order = SampleOrder(len(self.train_images), run.seed + _CROP_STREAM)
         self.model_config = VQVAEConfig.from_settings(run.vqvae)
         self.tokens_per_image = (run.data.resolution // run.vqvae.downsample_factor) ** 2
-        self.model = VQVAE(self.model_config)
+        self.model = VQVAE(
+            self.model_config,
+            entropy_temperature=run.loss.entropy_temperature if run.loss.entropy_weight else None,
+        )
         self.engine: Any = None
 
     def _images(self, split: str) -> ImageBatches:
@@ -84,8 +87,9 @@ class VqvaeTask:
         return {"model": self.engine}
 
     def train_step(self, step: int) -> Mapping[str, float]:
-        """One optimizer step on reconstruction, codebook and commitment loss."""
+        """One optimizer step on reconstruction, codebook, commitment and entropy loss."""
         self.engine.train()
+        self.model.quantize.begin_step()
         run, batch = self.run, self.run.batch
         parts: list[torch.Tensor] = []
         counts = torch.zeros(run.vqvae.codebook_size, dtype=torch.int64, device=self.device)
@@ -104,14 +108,21 @@ class VqvaeTask:
                 recon
                 + run.loss.codebook_weight * codebook
                 + run.loss.commitment_weight * commitment
+                + run.loss.entropy_weight * output.entropy_loss
             )
             self.engine.backward(loss)
             self.engine.step()
-            parts.append(torch.stack([recon, codebook, commitment]).detach().float())
+            losses = torch.stack([recon, codebook, commitment, output.entropy_loss])
+            parts.append(losses.detach().float())
             counts += torch.bincount(output.tokens.flatten(), minlength=len(counts))
+        revived = self.model.quantize.finish_step(seed=run.seed, step=step)
         sum_over_ranks(counts)
-        recon, codebook, commitment = torch.stack(parts).mean(0).tolist()
+        recon, codebook, commitment, entropy = torch.stack(parts).mean(0).tolist()
+        optional = {"entropy_loss": entropy} if run.loss.entropy_weight else {}
+        if run.vqvae.codebook_update == "ema" and run.vqvae.revive_dead_codes:
+            optional["revived_codes"] = float(revived)
         return {
+            **optional,
             "recon_loss": recon,
             "codebook_loss": codebook,
             "commitment_loss": commitment,

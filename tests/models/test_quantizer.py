@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lgpt.models.codebook import nearest_codes
-from lgpt.models.quantizer import VectorQuantizer
+from lgpt.models.codebook import entropy_loss, nearest_codes
+from lgpt.models.quantizer import Quantized, VectorQuantizer
+from lgpt.training.places import micro_batches_of
 
 
 def _rows(z: Tensor) -> Tensor:
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+
+
+def _train_on(quantizer: VectorQuantizer, *micro_batches: Tensor, step: int = 0) -> Quantized:
+    """One training step as the task does it; the last micro batch's output."""
+    quantizer.train()
+    quantizer.begin_step()
+    outputs = [quantizer(z) for z in micro_batches]
+    quantizer.finish_step(seed=0, step=step)
+    return outputs[-1]
 
 
 def test_nearest_codes_matches_brute_force() -> None:
@@ -106,12 +116,12 @@ def _slow_ema(
 def test_moving_averages_match_a_slow_version() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(6, 3, update="ema", ema_decay=0.8, revive_dead_codes=False)
-    quantizer(torch.randn(2, 3, 4, 4))  # lays the codes down
+    _train_on(quantizer, torch.randn(2, 3, 4, 4))  # lays the codes down
     sums, counts = list(quantizer.ema_sum.clone()), quantizer.ema_count.tolist()
     for _ in range(5):
         z = torch.randn(2, 3, 4, 4)
         before = quantizer.embedding.weight.clone()
-        quantized = quantizer(z)
+        quantized = _train_on(quantizer, z)
         codes = before[quantized.tokens].permute(0, 3, 1, 2)
         torch.testing.assert_close(quantized.latents, codes)
         assert quantized.codebook_loss == 0
@@ -123,7 +133,7 @@ def test_codes_start_on_latents_of_the_first_batch_so_that_none_is_dead() -> Non
     torch.manual_seed(0)
     quantizer = VectorQuantizer(32, 4, update="ema")
     z = torch.randn(1, 4, 8, 8) * 7 + 20  # far from any initial code
-    quantizer(z)
+    _train_on(quantizer, z)
     assert quantizer.is_initialized == 1
     quantizer.eval()
     assert len(quantizer.tokens_of(z).unique()) == 32
@@ -132,7 +142,7 @@ def test_codes_start_on_latents_of_the_first_batch_so_that_none_is_dead() -> Non
 def test_first_batch_smaller_than_the_codebook_still_gives_distinct_codes() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(64, 4, update="ema")
-    quantizer(torch.randn(1, 4, 2, 2))
+    _train_on(quantizer, torch.randn(1, 4, 2, 2))
     assert len(quantizer.embedding.weight.unique(dim=0)) == 64
 
 
@@ -142,25 +152,113 @@ def test_a_code_that_is_not_used_comes_back_and_stays_where_it_was_put() -> None
 
     def codes_used(revive: bool) -> int:
         quantizer = VectorQuantizer(8, 2, update="ema", ema_decay=0.5, revive_dead_codes=revive)
-        quantizer(z)
+        _train_on(quantizer, z)
         quantizer.embedding.weight[1:] = 1e3  # only code 0 is near anything
         quantizer.ema_sum.copy_(quantizer.embedding.weight * quantizer.ema_count[:, None])
-        for _ in range(12):
-            quantizer(z)
+        for step in range(12):
+            _train_on(quantizer, z, step=step)
         return len(quantizer.eval().tokens_of(z).unique())
 
     assert codes_used(revive=False) == 1
     assert codes_used(revive=True) == 8
 
 
-def test_codes_stand_still_in_eval_mode_and_when_encoding() -> None:
-    quantizer = VectorQuantizer(8, 2, update="ema")
-    quantizer(torch.randn(2, 2, 4, 4))
-    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-    quantizer.tokens_of(torch.randn(2, 2, 4, 4))
-    quantizer.eval()(torch.randn(2, 2, 4, 4))
+def _state(quantizer: VectorQuantizer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+
+
+def _assert_unmoved(quantizer: VectorQuantizer, before: dict[str, Tensor]) -> None:
     after = quantizer.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_codes_stand_still_in_eval_mode_when_encoding_and_after_a_trial_batch() -> None:
+    quantizer = VectorQuantizer(8, 2, update="ema")
+    _train_on(quantizer, torch.randn(2, 2, 4, 4))
+    before = _state(quantizer)
+    quantizer.tokens_of(torch.randn(2, 2, 4, 4))
+    quantizer(torch.randn(2, 2, 4, 4))  # a trial batch, forgotten by the next begin_step
+    quantizer.begin_step()
+    quantizer.eval()(torch.randn(2, 2, 4, 4))
+    assert quantizer.finish_step(seed=0, step=1) == 0
+    _assert_unmoved(quantizer, before)
+
+
+def test_a_latent_that_is_not_finite_does_not_reach_the_codes() -> None:
+    quantizer = VectorQuantizer(8, 2, update="ema")
+    _train_on(quantizer, torch.randn(2, 2, 4, 4))
+    before = _state(quantizer)
+    bad = torch.randn(2, 2, 4, 4)
+    bad[1, 0, 2, 2] = float("nan")
+    _train_on(quantizer, bad)
+    _assert_unmoved(quantizer, before)
+
+
+def test_restarted_codes_are_counted() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 2, update="ema", ema_decay=0.5)
+    _train_on(quantizer, torch.randn(2, 2, 4, 4))
+    quantizer.ema_count[3:5] = 0.0
+    quantizer.embedding.weight[3:5] = 1e3
+    quantizer.begin_step()
+    quantizer(torch.randn(2, 2, 4, 4))
+    assert quantizer.finish_step(seed=0, step=1) == 2
+    assert quantizer.embedding.weight.abs().max() < 10
+
+
+def _reference_entropy_loss(affinity: Tensor, temperature: float, eps: float = 1e-5) -> Tensor:
+    """MAGVIT's `entropy_loss`, line by line."""
+    flat_affinity = affinity.reshape(-1, affinity.shape[-1]) / temperature
+    probs = flat_affinity.softmax(dim=-1)
+    log_probs = (flat_affinity + eps).log_softmax(dim=-1)
+    avg_probs = probs.mean(dim=0)
+    avg_entropy = -torch.sum(avg_probs * torch.log(avg_probs + eps))
+    sample_entropy = -torch.mean(torch.sum(probs * log_probs, dim=-1))
+    return sample_entropy - avg_entropy
+
+
+def test_entropy_loss_and_its_gradients_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    z, codes = torch.randn(30, 4), torch.randn(12, 4)
+    results = []
+    for pieces in (False, True):
+        if pieces:  # built piece by piece and once more in the backward
+            monkeypatch.setattr("lgpt.models.codebook._MAX_DISTANCES", 12 * 7)
+        leaves = [z.clone().requires_grad_(), codes.clone().requires_grad_()]
+        loss = entropy_loss(*leaves, 0.5)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    leaves = [z.clone().requires_grad_(), codes.clone().requires_grad_()]
+    expected = _reference_entropy_loss(-torch.cdist(*leaves).square(), 0.5)
+    gradients = torch.autograd.grad(expected, leaves)
+    for got in results:
+        for mine, theirs in zip(got, (expected.detach(), *gradients)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert min(float(gradient.abs().max()) for gradient in gradients) > 1e-3
+
+
+def test_entropy_loss_is_lowest_for_sure_and_even_choices() -> None:
+    codes = torch.eye(4) * 3
+    even = entropy_loss(codes.repeat(5, 1), codes, 0.01)
+    assert even == pytest.approx(-torch.log(torch.tensor(4.0)).item(), abs=1e-3)
+    assert entropy_loss(codes[:1].repeat(5, 1), codes, 0.01) == pytest.approx(0.0, abs=1e-3)
+    assert entropy_loss(torch.zeros(5, 4), codes, 0.01) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_entropy_is_given_in_training_alone_and_at_unit_length() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 3, is_normalized=True, entropy_temperature=0.1)
+    quantizer.embedding.weight.data.mul_(5.0)
+    z = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = quantizer(z).entropy_loss
+    expected = entropy_loss(
+        functional.normalize(_rows(z), dim=1), functional.normalize(quantizer.embedding.weight), 0.1
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert z.grad.abs().max() > 0
+    assert quantizer.embedding.weight.grad.abs().max() > 0
+    assert quantizer.eval()(z).entropy_loss == 0
+    assert VectorQuantizer(8, 3)(z).entropy_loss == 0
 
 
 def test_moving_averages_stay_float32_when_the_model_is_cast_to_bf16() -> None:
@@ -181,44 +279,99 @@ def test_moving_averages_stay_float32_when_the_model_is_cast_to_bf16() -> None:
 def test_state_survives_a_round_trip_and_goes_on_the_same() -> None:
     torch.manual_seed(0)
     first = VectorQuantizer(8, 2, update="ema", revive_dead_codes=False)
-    for _ in range(3):
-        first(torch.randn(2, 2, 4, 4))
+    for step in range(3):
+        _train_on(first, torch.randn(2, 2, 4, 4), step=step)
     second = VectorQuantizer(8, 2, update="ema", revive_dead_codes=False)
     second.load_state_dict(first.state_dict())
     z = torch.randn(2, 2, 4, 4)
-    first(z), second(z)
+    _train_on(first, z)
+    _train_on(second, z)
     assert torch.equal(first.embedding.weight, second.embedding.weight)
 
 
-def _two_rank_worker(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    torch.manual_seed(rank)
+CASES = {
+    "plain": {"revive_dead_codes": True},
+    "unit length, no revival": {"is_normalized": True, "revive_dead_codes": False},
+    "unit length, more codes than latents": {"is_normalized": True},
+}
+CODES = {"unit length, more codes than latents": 100}
+STEPS, PICTURES = 6, 8
+WORLDS = ((4, 1), (2, 2))  # ranks and micro batch: two micro batches a rank
+
+
+def _trained_on_my_share(rank: int, world: int, micro_batch: int) -> dict[str, dict[str, Tensor]]:
+    """State after some steps in which this rank sees its micro batches of every global batch."""
+    states = {}
+    for name, arguments in CASES.items():
+        torch.manual_seed(0)
+        quantizer = VectorQuantizer(
+            CODES.get(name, 24), 3, update="ema", ema_decay=0.5, **arguments
+        )
+        restarted = 0
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(step)
+            # They wander off, so that codes are left behind.
+            pictures = torch.randn(PICTURES, 3, 2, 3, generator=generator) + step
+            quantizer.begin_step()
+            for places in micro_batches_of(
+                0, global_batch=PICTURES, micro_batch=micro_batch, rank=rank, world=world
+            ):
+                quantizer(pictures[torch.from_numpy(places)])
+            restarted += quantizer.finish_step(seed=4, step=step)
+        states[name] = {**_state(quantizer), "restarted": torch.tensor(restarted)}
+    return states
+
+
+def _entropy_gradients(z: Tensor, codes: Tensor) -> Tensor:
+    leaves = [z.clone().requires_grad_(), codes.clone().requires_grad_()]
+    return torch.autograd.grad(entropy_loss(*leaves, 0.5), leaves)[1]
+
+
+def _rank_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    averaged = torch.load(f"{folder}/start.pt", weights_only=True)
-    quantizer = VectorQuantizer(6, 3, update="ema", revive_dead_codes=False)
-    quantizer.load_state_dict(averaged["state"])
-    quantizer(averaged["z"][rank : rank + 1])
-    fresh = VectorQuantizer(6, 3, update="ema", ema_decay=0.5)
-    for _ in range(8):
-        fresh(torch.randn(1, 3, 2, 1))  # two latents, six codes: somebody is always dead
-    torch.save([quantizer.state_dict(), fresh.state_dict()], f"{folder}/rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    z, codes = torch.load(f"{folder}/entropy.pt", weights_only=True)
+    for world, micro_batch in WORLDS:
+        if rank >= world:
+            continue
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
+        )
+        torch.manual_seed(100 + rank)  # nobody's own generator may decide
+        gradient = _entropy_gradients(z.chunk(world)[rank], codes)
+        torch.distributed.all_reduce(gradient)
+        result = (_trained_on_my_share(rank, world, micro_batch), gradient / world)
+        torch.save(result, f"{folder}/world{world}_rank{rank}.pt")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_ranks_average_like_one_and_revive_the_same_codes(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    single = VectorQuantizer(6, 3, update="ema", revive_dead_codes=False)
-    single(torch.randn(2, 3, 4, 4))
-    z = torch.randn(2, 3, 4, 4)
-    torch.save({"state": single.state_dict(), "z": z}, tmp_path / "start.pt")
-    torch.multiprocessing.spawn(_two_rank_worker, (str(tmp_path),), nprocs=2)
-    single(z)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, tensor in single.state_dict().items():
-        torch.testing.assert_close(ranks[0][0][name], tensor)
-    for name, tensor in ranks[0][1].items():
-        assert torch.equal(tensor, ranks[1][1][name]), name
+def test_one_two_and_four_ranks_with_the_same_global_batch_make_the_same_codebook(
+    tmp_path: Path,
+) -> None:
+    """Whatever the accumulation, float32, to a relative 1e-6; each rank's own to the last bit."""
+    torch.manual_seed(7)
+    z, codes = torch.randn(24, 3), torch.randn(10, 3)
+    torch.save([z, codes], tmp_path / "entropy.pt")
+    alone = _trained_on_my_share(0, 1, PICTURES)
+    others = [(_trained_on_my_share(0, 1, 2), None)]  # 4 micro batches
+    torch.multiprocessing.spawn(_rank_worker, (str(tmp_path),), nprocs=4)
+    for world, _ in WORLDS:
+        results = [
+            torch.load(tmp_path / f"world{world}_rank{rank}.pt", weights_only=True)
+            for rank in range(world)
+        ]
+        for states, gradient in results[1:]:
+            assert torch.equal(gradient, results[0][1])
+            for name in CASES:
+                for key, tensor in states[name].items():
+                    assert torch.equal(tensor, results[0][0][name][key]), (name, key)
+        others.append(results[0])
+    expected_gradient = _entropy_gradients(z, codes)
+    for states, gradient in others:
+        for name in CASES:
+            for key, tensor in alone[name].items():
+                torch.testing.assert_close(states[name][key], tensor, rtol=1e-6, atol=1e-7)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+    assert alone["plain"]["restarted"] > 0, "nothing was revived, so agreement would prove little"
