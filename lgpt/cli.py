@@ -14,6 +14,7 @@ from typing import Any, Optional
 import typer
 
 from lgpt.cli_bench import bench_app
+from lgpt.cli_checkpoint import checkpoint_app
 from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_run, load_transformer_run, print_table
 from lgpt.core.distributed import rank, world_size
 from lgpt.core.errors import LgptError, SettingsError
@@ -33,6 +34,7 @@ config_app = typer.Typer(
 vqvae_app = typer.Typer(help="Work with a VQ-VAE on its own.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Keep MLflow in step with run folders.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(config_app, name="config")
 app.add_typer(mlflow_app, name="mlflow")
 app.add_typer(vqvae_app, name="vqvae")

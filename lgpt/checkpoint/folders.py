@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Optional
 
+from lgpt.checkpoint.checks import recorded_check
 from lgpt.checkpoint.manifest import problems_of_files, read_manifest
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import write_text_atomically
@@ -20,11 +21,13 @@ _log = get_logger(__name__)
 def newest_checkpoint(run_folder: Path) -> Optional[Path]:
     """The newest checkpoint whose files are all there in full size; others are told and skipped.
 
+    One that an earlier full read found damaged is skipped too.
+
     Call it on one rank and broadcast the answer: a network file system may show ranks different
     things.
     """
     for folder in step_folders(run_folder / "checkpoints"):
-        problems = verify(folder, deep=False)
+        problems = problems_known_of(folder)
         if not problems:
             return folder
         _log.warning("Checkpoint %s is skipped: %s", folder, "; ".join(problems[:3]))
@@ -63,7 +66,18 @@ def verify(folder: Path, deep: bool) -> list[str]:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
+    if manifest.step != step_of(folder):
+        return [f"its manifest is the one of step {manifest.step}"]
     return problems_of_files(folder, manifest.files, deep)
+
+
+def problems_known_of(folder: Path) -> list[str]:
+    """What sizes and earlier full reads say against a checkpoint folder, without reading it all."""
+    problems = verify(folder, deep=False)
+    if problems:
+        return problems
+    check = recorded_check(folder)
+    return [] if check is None else list(check.problems)
 
 
 def step_folders(checkpoints: Path) -> list[Path]:

@@ -6,14 +6,18 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import sha256_of_file, write_json_atomically
 
 FILE_NAME = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+_READERS = min(8, os.cpu_count() or 1)
+_READABLE = (1, _FORMAT)  # 1 had no facts
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Manifest:
         engines: ZeRO stage and precision of each engine, by its name, which is also its folder.
         files: Every file but the manifest, by its path inside the folder.
         versions: Of lgpt, torch and deepspeed, for the reader of an old checkpoint.
+        facts: What else decided its steps: place in the sample order, the optimizer's numbers,
+            digests of data, VQ-VAE and latent cache, source commit, MLflow run; and the validation
+            loss of these weights where it was measured.
     """
 
     step: int
@@ -52,6 +59,7 @@ class Manifest:
     engines: dict[str, EngineRecord]
     files: dict[str, FileRecord]
     versions: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
     format: int = _FORMAT
 
@@ -69,9 +77,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     try:
         stored = json.loads(path.read_text())
-        if stored["format"] != _FORMAT:
+        if stored["format"] not in _READABLE:
             raise CheckpointError(
-                f"{path} has format {stored['format']}, this version reads {_FORMAT}: "
+                f"{path} has format {stored['format']}, this version reads up to {_FORMAT}: "
                 "use the version of lgpt that wrote it, see 'versions' there."
             )
         stored["files"] = {name: FileRecord(**record) for name, record in stored["files"].items()}
@@ -106,14 +114,30 @@ def list_files(folder: Path) -> list[str]:
 
 
 def problems_of_files(folder: Path, files: Mapping[str, FileRecord], deep: bool) -> list[str]:
-    """What is wrong with the recorded files: missing, another size, and (deep) another digest."""
-    problems = []
+    """What is wrong with the recorded files: missing, another size, and (deep) another digest.
+
+    Several files are read at once, large ones first: one hash keeps one core busy, not a disk.
+    """
+    problems = {}
     for name, record in files.items():
         path = folder / name
         if not path.is_file():
-            problems.append(f"{name} is missing")
+            problems[name] = "is missing"
         elif path.stat().st_size != record.bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
-        elif deep and sha256_of_file(path) != record.sha256:
-            problems.append(f"{name} has other content than was saved (sha256 differs)")
-    return problems
+            problems[name] = f"has {path.stat().st_size} bytes instead of {record.bytes}"
+    if deep:
+        rest = sorted(set(files) - set(problems), key=lambda name: -files[name].bytes)
+        with ThreadPoolExecutor(_READERS, "lgpt-verify") as readers:
+            digests = readers.map(lambda name: _digest_or_problem(folder / name), rest)
+            for name, (digest, problem) in zip(rest, digests):
+                if problem or digest != files[name].sha256:
+                    changed = "has other content than was saved (sha256 differs)"
+                    problems[name] = problem or changed
+    return [f"{name} {problems[name]}" for name in files if name in problems]
+
+
+def _digest_or_problem(path: Path) -> tuple[str, str]:
+    try:
+        return sha256_of_file(path), ""
+    except OSError as error:
+        return "", f"cannot be read ({error.strerror})"

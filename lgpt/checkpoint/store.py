@@ -7,6 +7,7 @@
         config.yaml, ...            the run config and its companions
         manifest.json               size and sha256 of each file; written last
     <run>/checkpoints/latest        `step_<n>` of the newest
+    <run>/checkpoints/checks.json   what the last full read of each found (checks.py)
     <run>/checkpoints/.diverged_step_<n>   set aside: its weights gave a loss that was not finite
 
 DeepSpeed alone writes to the final names, does not sync, and points `latest` at a step before all
@@ -29,6 +30,8 @@ from typing import Any
 
 import torch
 
+from lgpt.checkpoint.checks import record_check
+from lgpt.checkpoint.folders import problems_known_of, step_folders
 from lgpt.checkpoint.manifest import (
     EngineRecord,
     FileRecord,
@@ -38,7 +41,7 @@ from lgpt.checkpoint.manifest import (
     read_manifest,
     record_files,
 )
-from lgpt.checkpoint.retention import prune, sweep
+from lgpt.checkpoint.retention import Keep, prune, put_back_replaced, sweep
 from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
 from lgpt.core.distributed import barrier, is_rank_zero, rank, world_size
 from lgpt.core.errors import CheckpointError
@@ -57,8 +60,9 @@ def save_checkpoint(
     step: int,
     *,
     trainer_state: Mapping[str, Any],
-    keep_last: int,
+    keep: Keep,
     extra_files: Mapping[str, str],
+    facts: Optional[Mapping[str, Any]] = None,
 ) -> Path:
     """Save all engines and every rank's generators. All ranks call it.
 
@@ -66,8 +70,9 @@ def save_checkpoint(
         engines: DeepSpeed engines by name; the name becomes the folder.
         step: Optimizer steps done; names the checkpoint.
         trainer_state: JSON values, the same on all ranks.
-        keep_last: Whole checkpoints that stay, this one included.
+        keep: Which checkpoints stay, this one included.
         extra_files: Text files to keep with it, by name.
+        facts: JSON values for the manifest (manifest.py); those of rank 0 count.
 
     Returns:
         The checkpoint's folder.
@@ -79,44 +84,73 @@ def save_checkpoint(
     staging, final = checkpoints / f".staging_step_{step}", checkpoints / f"step_{step}"
     try:
         _stage(engines, staging, trainer_state, extra_files)
-        _complete(engines, staging, final, step)
+        _complete(engines, staging, final, step, facts or {})
     except CheckpointError:
         if is_rank_zero():
             shutil.rmtree(staging, ignore_errors=True)
         raise
     if is_rank_zero():
-        prune(checkpoints, keep_last)
+        record_check(final, [])  # every file was just read back from where it was synced to
+        prune(checkpoints, keep)
         _log.info("Checkpoint %s saved", final)
     barrier()
     return final
 
 
+def find_whole_checkpoint(run_folder: Path) -> Optional[Path]:
+    """The newest checkpoint of which every byte is as it was saved. All ranks call it.
+
+    Each rank reads its share. One that is damaged is told with its reason and skipped.
+    """
+    candidates: list[Path] = []
+    if is_rank_zero():
+        put_back_replaced(run_folder / "checkpoints")
+        candidates = step_folders(run_folder / "checkpoints")
+    candidates = broadcast_from_rank_zero(candidates)
+    for folder in candidates:
+        problems = broadcast_from_rank_zero(problems_known_of(folder) if is_rank_zero() else [])
+        if not problems:
+            problems = _problems_over_ranks(folder)
+            if is_rank_zero():
+                record_check(folder, problems)
+        if not problems:
+            return Path(folder)
+        if is_rank_zero():
+            _log.warning("Checkpoint %s is skipped: %s", folder, "; ".join(problems[:3]))
+    return None
+
+
+def _problems_over_ranks(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint's content, every rank reading its share of the files."""
+    try:
+        files = read_manifest(folder).files
+        names = sorted(files)[rank() :: world_size()]
+        mine = problems_of_files(folder, {name: files[name] for name in names}, deep=True)
+    except CheckpointError as error:  # a network file system may show ranks different things
+        mine = [f"rank {rank()}: {error}"]
+    gathered = gather_to_rank_zero(mine)
+    found: list[str] = broadcast_from_rank_zero([each for part in gathered for each in part])
+    return found
+
+
 def load_checkpoint(engines: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Put engines and this rank's generators where they were at the save. All ranks call it.
 
-    Every byte is compared with its digest first, each rank reading its share. DeepSpeed also
-    restores what it saved of the optimizer's settings (ZeRO-1 and 2: gradient clipping and weight
-    decay, ZeRO-3: weight decay), whatever the new config says.
+    Args:
+        folder: As `find_whole_checkpoint` gave it: its content was compared with its digests.
 
     Returns:
         The `trainer_state` of the save.
 
     Raises:
-        CheckpointError: On every rank: it is damaged, or was saved by other engines, another number
-            of ranks, another ZeRO stage or precision.
+        CheckpointError: On every rank: it was saved by other engines, another number of ranks,
+            another ZeRO stage or precision.
     """
     folder = broadcast_from_rank_zero(folder)
     found: list[Manifest] = []
     _on_all_ranks(lambda: found.append(read_manifest(folder)), f"load {folder}")
     manifest = found[0]
     _refuse_other_shape(engines, manifest, folder)
-    names = sorted(manifest.files)[rank() :: world_size()]
-    my_files = {name: manifest.files[name] for name in names}
-    problems = problems_of_files(folder, my_files, deep=True)
-    _raise_if_any(
-        problems,
-        f"{folder} is damaged; move it away, then the same command goes on from the one before it",
-    )
     for name, engine in engines.items():
         _load_engine(engine, folder, name)
     restore_rng_state(torch.load(_rng_file(folder), weights_only=True))
@@ -149,7 +183,9 @@ def _stage(
         _on_all_ranks(save, f"write {staging}")
 
 
-def _complete(engines: Mapping[str, Any], staging: Path, final: Path, step: int) -> None:
+def _complete(
+    engines: Mapping[str, Any], staging: Path, final: Path, step: int, facts: Mapping[str, Any]
+) -> None:
     """Sync and digest what was staged, every rank its share; write the manifest and publish."""
     names: list[str] = []
     records: dict[str, FileRecord] = {}
@@ -164,7 +200,9 @@ def _complete(engines: Mapping[str, Any], staging: Path, final: Path, step: int)
     def publish() -> None:
         if is_rank_zero():
             files = {name: each for part in parts for name, each in part.items()}
-            manifest = Manifest(step, world_size(), _describe(engines), files, _versions())
+            manifest = Manifest(
+                step, world_size(), _describe(engines), files, _versions(), dict(facts)
+            )
             manifest.write(staging)
             _publish(staging, final)
 

@@ -16,6 +16,8 @@ from lgpt.settings.training import OptimizerSettings
 # Decay would pull the codes of a VQ-VAE away from the latents that they stand for.
 _NOT_DECAYED_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, Codebook)
 
+_NOT_HYPERPARAMETERS = ("params", "lr", "initial_lr")
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two AdamW groups: matrices and kernels decayed; norms, biases, vectors and embeddings not.
@@ -85,6 +87,37 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """The same rate in every group, before the step that uses it."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def hyperparameters(engine: Any) -> dict[str, Any]:
+    """What the optimizer uses now: every group's numbers, and the gradient norm it clips at.
+
+    The learning rate is not in it: the loop sets it before every step.
+    """
+    return {
+        "groups": [
+            {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in group.items()
+                if name not in _NOT_HYPERPARAMETERS and _is_json(value)
+            }
+            for group in engine.optimizer.param_groups
+        ],
+        "gradient_clipping": float(getattr(engine.optimizer, "clip_grad", 0.0)),
+    }
+
+
+def set_hyperparameters(engine: Any, wanted: dict[str, Any]) -> None:
+    """Make the optimizer use what `hyperparameters` gave."""
+    for group, numbers in zip(engine.optimizer.param_groups, wanted["groups"]):
+        for name, value in numbers.items():
+            group[name] = tuple(value) if isinstance(value, list) else value
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = wanted["gradient_clipping"]
+
+
+def _is_json(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, tuple, list))
 
 
 def gradient_norm(engine: Any) -> float:

@@ -77,6 +77,7 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     at = _Located(run, sources)
     problems = [*_budget(run.schedule, run.training, at), *_data(run.data, at)]
     problems += _streaming(run, at)
+    problems += _retention(run, at)
     if isinstance(run, Phase2):
         problems += _vqvae(run.vqvae, run.data, at)
         return problems
@@ -85,6 +86,17 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     problems += _transformer(run, at)
     problems += _sampling(run, at)
     return problems
+
+
+def _retention(run: RunSettings, at: At) -> list[Problem]:
+    checkpoint, names = run.checkpoint, ("checkpoint.keep_every", "checkpoint.every_steps")
+    if checkpoint.keep_every % checkpoint.every_steps == 0:
+        return []
+    text = (
+        f"{at(names[0])} must be a multiple of {at(names[1])}: only saved steps can be kept; set "
+        f"it to {(checkpoint.keep_every // checkpoint.every_steps + 1) * checkpoint.every_steps}."
+    )
+    return [_problem(text, *names)]
 
 
 class _Located:

@@ -53,10 +53,24 @@ class TrainingSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """When DeepSpeed checkpoints are written; one more is always written at the end."""
+    """When DeepSpeed checkpoints are written (one more always at the end) and which ones stay."""
 
     every_steps: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=2, description="never under 2: the newest may be the damaged one")
+    keep_every: int = Field(
+        0, ge=0, description="also those of every step that this divides, for ever; 0 = off"
+    )
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="also so many with the lowest validation loss, among those saved at a step "
+        "that was validated",
+    )
+    on_failed_save: Literal["stop", "continue"] = Field(
+        "stop",
+        description="what a full disk between two steps does: end the run (the old checkpoints are "
+        "whole), or train on and try again at the next save; the last save must work",
+    )
 
 
 class TrackingSettings(Section):

@@ -72,6 +72,11 @@ class RunTracker:
         shipper.start()
         return cls(run_folder, metrics_file, shipper)
 
+    @property
+    def mlflow_run_id(self) -> Optional[str]:
+        """The MLflow run; None without MLflow, or while it has not answered yet."""
+        return None if self._shipper is None else self._shipper.run_id
+
     def log(self, step: int, metrics: Mapping[str, Union[int, float]]) -> None:
         """Add one line to metrics.jsonl; NaN and infinities are kept."""
         try:

@@ -100,6 +100,11 @@ class Shipper:
         self._has_work.set()
         self._thread.start()
 
+    @property
+    def run_id(self) -> Optional[str]:
+        """The MLflow run's id; None until MLflow has answered once."""
+        return self._shipment.run_id
+
     def wake(self) -> None:
         """There is a new line."""
         self._has_work.set()

@@ -8,21 +8,23 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 from tqdm import tqdm
 
 from lgpt.checkpoint.folders import newest_checkpoint, set_aside_after
+from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.store import save_checkpoint
 from lgpt.core.distributed import barrier, is_rank_zero
-from lgpt.core.errors import DivergedError, StoppedEarly
+from lgpt.core.errors import CheckpointError, DivergedError, StoppedEarly
 from lgpt.core.logging import get_logger
 from lgpt.engine.build import gradient_norm, set_learning_rate
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.ranks import broadcast_from_rank_zero, max_over_ranks, mean_over_ranks
 from lgpt.settings.phases import RunSettings
 from lgpt.tracking.run_tracker import RunTracker
+from lgpt.training.facts import checkpoint_facts
 from lgpt.training.schedule import learning_rate_at
 from lgpt.training.stop_signals import StopSignals
 from lgpt.training.task import TrainingTask
@@ -40,6 +42,7 @@ class Progress:
     step: int = 0
     elapsed_seconds: float = 0.0
     validation: dict[str, float] = field(default_factory=dict)
+    validated_step: int = 0
 
 
 def run_training(
@@ -161,7 +164,7 @@ class _Loop:
             self._validate(is_last)
         # A skipped step changed nothing, and its save would push a better one out of keep_last.
         if (_due(step, self.run.checkpoint.every_steps) and not self.skipped_steps) or is_last:
-            self.save()
+            self.save() if is_last else self._save_on_the_way()
         if _due(step, training.sample_every) or is_last:
             self._draw()
         return agreed["is_stopping"] > 0
@@ -245,7 +248,7 @@ class _Loop:
 
     def _validate(self, is_last: bool) -> None:
         metrics = {f"val_{key}": value for key, value in self.task.validate().items()}
-        self.progress.validation = metrics
+        self.progress.validation, self.progress.validated_step = metrics, self.progress.step
         self._record(metrics)
         with self.bar.external_write_mode(file=sys.stderr):
             _log.info("step %d  validation  %s", self.progress.step, _readable(metrics))
@@ -278,10 +281,36 @@ class _Loop:
             run.run_folder,
             step,
             trainer_state=asdict(self.progress),
-            keep_last=run.checkpoint.keep_last,
+            keep=Keep(
+                run.checkpoint.keep_last, run.checkpoint.keep_every, run.checkpoint.keep_best
+            ),
             extra_files=self.companions,
+            facts=self._facts() if is_rank_zero() else {},
         )
         self.saved_step = step
+
+    def _save_on_the_way(self) -> None:
+        """A save that the next one can make up for, where the config says so."""
+        try:
+            self.save()
+        except CheckpointError as error:  # on all ranks
+            if self.run.checkpoint.on_failed_save == "stop":
+                raise
+            _log.warning(
+                "%s. Training goes on (checkpoint.on_failed_save: continue); a kill before the "
+                "next save, after %d more steps, loses all steps since %s.",
+                error,
+                self.run.checkpoint.every_steps,
+                newest_checkpoint(self.run.run_folder) if is_rank_zero() else "the last one",
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        progress, name = self.progress, f"val_{self.task.main_loss}"
+        facts = checkpoint_facts(self.run, self.task, progress.step)
+        facts["mlflow_run_id"] = None if self.tracker is None else self.tracker.mlflow_run_id
+        if progress.validated_step == progress.step:
+            facts["validation"] = {"name": name, "loss": progress.validation[name]}
+        return facts
 
     def _record(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Optional, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -23,6 +23,12 @@ class TrainingTask(Protocol):
 
     tokens_per_image: int
     """Latent tokens an image, for tokens/s."""
+
+    training_images: int
+    """Images of an epoch."""
+
+    def content(self) -> dict[str, Optional[str]]:
+        """Digests of what the run reads: its pictures, the VQ-VAE, the latent cache, the text."""
 
     def build_engines(self, ds_config: dict[str, Any]) -> None:
         """Wrap everything that is trained in DeepSpeed engines."""

@@ -9,8 +9,7 @@ from typing import Any, Optional, Union
 import torch
 
 from lgpt.checkpoint.export import convert_run
-from lgpt.checkpoint.folders import newest_checkpoint
-from lgpt.checkpoint.store import load_checkpoint
+from lgpt.checkpoint.store import find_whole_checkpoint, load_checkpoint
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
 from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically
@@ -43,7 +42,7 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
         return
     if run.training.precision == "bf16":
         afford_bf16(device)
-    newest = broadcast_from_rank_zero(newest_checkpoint(run.run_folder) if is_rank_zero() else None)
+    newest = find_whole_checkpoint(run.run_folder)
     if newest is None:
         # First thing. A run that goes on keeps its files until nothing refuses the new start.
         _write_run_folder(run, ds_config)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from lgpt.core.distributed import rank, world_size
+from lgpt.core.files import sha256_of_json
 from lgpt.data.image_batches import ImageBatches
 from lgpt.data.latent_cache import LatentCache
 from lgpt.data.transforms import to_pil
@@ -61,7 +62,9 @@ class TransformerTask:
         self.text_encoder: Optional[ClipTextEncoder] = None
         if run.conditioning == "text_conditional":
             self.text_encoder = load_text_encoder_of(run, train_set).to(device)
+        self.train_set = train_set
         self.train_source = self._source(train_set)
+        self.training_images = len(self.train_source)
         self.val_source = self._source(val_set)
         side = run.data.resolution // self.vqvae.downsample_factor
         self.model_config = LatentGPTConfig.from_settings(
@@ -127,6 +130,21 @@ class TransformerTask:
             "ln_codebook_size": math.log(self.vqvae.vocab_size),
             "transformer_params": self.model.num_parameters(),
             "text_encoder_is_random": self.text_encoder is not None and self.text_encoder.is_random,
+        }
+
+    def content(self) -> dict[str, Optional[str]]:
+        """Digests of pictures, VQ-VAE, text encoder and latent cache."""
+        run, encoder = self.run, self.text_encoder
+        cache = None
+        if run.latent_cache is not None:
+            cache = sha256_of_json(
+                cache_fingerprint(run, self.train_set, self.vqvae_digest, encoder)
+            )
+        return {
+            "training_pictures": self.train_set.fingerprint,
+            "vqvae": self.vqvae_digest,
+            "text_encoder": None if encoder is None else encoder.digest,
+            "latent_cache": cache,
         }
 
     def build_engines(self, ds_config: dict[str, Any]) -> None:

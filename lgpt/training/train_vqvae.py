@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class VqvaeTask:
         self.run, self.device = run, device
         self.train_images = self._images("train")
         self.val_images = self._images("val")
+        self.training_images = len(self.train_images)
         self.order = SampleOrder(len(self.train_images), run.seed)
         self.crop_order = SampleOrder(len(self.train_images), run.seed + _CROP_STREAM)
         self.model_config = VQVAEConfig.from_settings(run.vqvae)
@@ -77,6 +78,10 @@ class VqvaeTask:
             "downsample_factor": self.run.vqvae.downsample_factor,
             "vqvae_params": sum(p.numel() for p in self.model.parameters()),
         }
+
+    def content(self) -> dict[str, Optional[str]]:
+        """The digest of the training pictures."""
+        return {"training_pictures": self.train_images.dataset.fingerprint}
 
     def build_engines(self, ds_config: dict[str, Any]) -> None:
         """One engine, around the model."""

@@ -11,8 +11,10 @@ import pytest
 import torch
 from two_rank_saves import CASES
 
+from lgpt.checkpoint.checks import recorded_check
 from lgpt.checkpoint.folders import newest_checkpoint, verify
 from lgpt.checkpoint.manifest import list_files, read_manifest
+from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
 from lgpt.checkpoint.store import load_checkpoint, save_checkpoint
 from lgpt.core.errors import CheckpointError
@@ -56,7 +58,8 @@ def test_a_save_killed_before_its_rename_is_not_chosen(saves):
 
 def test_only_the_last_ones_are_kept(saves):
     checkpoints = saves.folder / "zero3_fp32" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_3", "step_5"]
+    names = ["checks.json", "latest", "step_3", "step_5"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
 
 
 def test_a_manifest_names_every_file_and_who_wrote_it(saves):
@@ -80,10 +83,12 @@ def test_another_precision_stage_or_number_of_ranks_is_refused_with_both(saves):
 
 
 def test_a_flipped_bit_is_found_before_anything_is_loaded(saves):
-    for result in saves.results:
-        assert "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt" in result["damaged"]
-        assert "sha256" in result["damaged"]
     damaged = saves.step("zero3_bf16", 5)
+    for result in saves.results:
+        assert result["damaged"] == str(saves.step("zero3_bf16", 3))
+    check = recorded_check(damaged)
+    assert check is not None
+    assert "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt has other content" in check.problems[0]
     assert verify(damaged, deep=False) == []
     assert "sha256" in verify(damaged, deep=True)[0]
 
@@ -119,8 +124,8 @@ def damage_missing_file(newest: Path) -> str:
 
 def damage_other_format(newest: Path) -> str:
     manifest = newest / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
-    return "has format 9, this version reads 1"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
+    return "has format 9, this version reads up to 2"
 
 
 @pytest.mark.parametrize(
@@ -166,10 +171,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_stops_no_save(
         remove(folder, **options)
 
     monkeypatch.setattr(shutil, "rmtree", resist)
-    saved = save_checkpoint({}, tmp_path, 2, trainer_state={}, keep_last=2, extra_files={})
+    saved = save_checkpoint({}, tmp_path, 2, trainer_state={}, keep=Keep(2), extra_files={})
     assert verify(saved, deep=True) == []
     left = sorted(path.name for path in checkpoints.iterdir())
-    assert left == [".pruned_step_1", "latest", "step_2"]
+    assert left == [".pruned_step_1", "checks.json", "latest", "step_2"]
     assert ".nfs000123" in caplog.text
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lgpt.checkpoint import store
+from lgpt.checkpoint.retention import Keep
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything
 from lgpt.core.errors import CheckpointError
 from lgpt.engine.build import build_engine
@@ -111,7 +112,7 @@ def save(engine: Any, run_folder: Path, step: int) -> Path:
         run_folder,
         step,
         trainer_state={"step": step, "note": "ä"},
-        keep_last=2,
+        keep=Keep(2),
         extra_files={"config.yaml": "name: tiny\n"},
     )
 
@@ -185,7 +186,7 @@ def save_models(out: Path) -> None:
             out / "runs" / name,
             7,
             trainer_state={"step": 7},
-            keep_last=2,
+            keep=Keep(2),
             extra_files=tiny_models.texts_of(out, name),
         )
 
@@ -214,7 +215,7 @@ def main() -> None:
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
     barrier()
-    results["damaged"] = refusal({"model": engines["zero3_bf16"]}, damaged)
+    results["damaged"] = str(store.find_whole_checkpoint(out / "zero3_bf16"))
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
     barrier()
 

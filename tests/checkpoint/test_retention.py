@@ -1,0 +1,197 @@
+"""Which checkpoints stay: the rules against a brute-force reading of their own words."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Optional
+
+import pytest
+from typer.testing import CliRunner
+
+from lgpt.checkpoint.checks import record_check, recorded_check
+from lgpt.checkpoint.folders import newest_checkpoint, verify
+from lgpt.checkpoint.manifest import Manifest, list_files, record_files
+from lgpt.checkpoint.retention import Keep, Kept, prune, reasons_to_stay, survey
+from lgpt.cli import app
+from lgpt.core.errors import CheckpointError
+
+
+def make(run_folder: Path, step: int, loss: Optional[float] = None) -> Path:
+    """A whole checkpoint of one small file."""
+    folder = run_folder / "checkpoints" / f"step_{step}"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "shard.pt").write_bytes(bytes(range(200)) * step)
+    facts = {} if loss is None else {"validation": {"name": "val_ce_loss", "loss": loss}}
+    Manifest(step, 2, {}, record_files(folder, list_files(folder)), {}, facts).write(folder)
+    return folder
+
+
+def flip_a_bit(folder: Path) -> None:
+    shard = folder / "model" / "shard.pt"
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 4
+    shard.write_bytes(content)
+
+
+def steps_in(run_folder: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (run_folder / "checkpoints").glob("step_*"))
+
+
+def test_every_rule_keeps_what_it_says_and_nothing_else_stays():
+    """All 4^4 states of the four oldest of six checkpoints, against the rules said in loops."""
+    keep = Keep(last=2, every_steps=30, best=1)
+    for states in itertools.product(("whole", "read", "damaged", "best"), repeat=4):
+        found = [Kept(Path("step_60")), Kept(Path("step_50"))]
+        for step, state in zip((40, 30, 20, 10), states):
+            found.append(
+                Kept(
+                    Path(f"step_{step}"),
+                    ("x is missing",) if state == "damaged" else (),
+                    was_read=state == "read",
+                    validation_loss=float(step) if state == "best" else None,
+                )
+            )
+        expected = {60, 50}
+        by_step = {each.step: each for each in found}
+        if states[1] != "damaged":
+            expected.add(30)
+        best = [step for step in (10, 20, 30, 40) if by_step[step].validation_loss is not None]
+        expected |= set(best[:1])  # the loss grows with the step
+        read = [step for step in (40, 30, 20, 10) if by_step[step].was_read]
+        expected |= set(read[:1])
+        assert set(reasons_to_stay(found, keep)) == expected, states
+
+
+def test_nothing_goes_before_two_whole_ones_are_there():
+    found = [
+        Kept(Path("step_9"), ("short",)),
+        Kept(Path("step_8")),
+        Kept(Path("step_7"), ("short",)),
+    ]
+    assert set(reasons_to_stay(found, Keep(2))) == {9, 8, 7}
+
+
+def test_the_last_verified_one_stays_when_newer_ones_turn_out_damaged(tmp_path):
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    checkpoints = tmp_path / "checkpoints"
+    record_check(checkpoints / "step_1", [])
+    flip_a_bit(checkpoints / "step_3")
+    flip_a_bit(checkpoints / "step_4")
+    # Before anybody reads them, 3 and 4 look whole: 1 is the only one known to be good.
+    assert [path.name for path in prune(checkpoints, Keep(2))] == ["step_2"]
+    assert steps_in(tmp_path) == [1, 3, 4]
+    for step in (3, 4):
+        record_check(checkpoints / f"step_{step}", verify(checkpoints / f"step_{step}", deep=True))
+    make(tmp_path, 5)
+    # Only 1 and 5 count as whole now; nothing may go.
+    assert prune(checkpoints, Keep(2)) == []
+    make(tmp_path, 6)
+    assert [path.name for path in prune(checkpoints, Keep(2))] == ["step_4", "step_3"]
+    assert steps_in(tmp_path) == [1, 5, 6]
+    record_check(checkpoints / "step_6", [])
+    assert [path.name for path in prune(checkpoints, Keep(2))] == ["step_1"]
+
+
+def test_a_check_of_another_save_of_the_same_step_does_not_count(tmp_path):
+    folder = make(tmp_path, 3)
+    record_check(folder, ["model/shard.pt is missing"])
+    assert newest_checkpoint(tmp_path) is None
+    (folder / "model" / "shard.pt").write_bytes(b"saved again")
+    Manifest(3, 2, {}, record_files(folder, list_files(folder)), {}).write(folder)
+    assert recorded_check(folder) is None
+    assert newest_checkpoint(tmp_path) == folder
+
+
+def test_an_unreadable_memory_of_checks_is_no_memory(tmp_path):
+    folder = make(tmp_path, 3)
+    for text in ("{", "[]", '{"step_3": {"read_at": "x"}}'):
+        (tmp_path / "checkpoints" / "checks.json").write_text(text)
+        assert recorded_check(folder) is None
+        assert not survey(tmp_path / "checkpoints")[0].problems
+
+
+def test_a_manifest_from_another_step_makes_a_checkpoint_unusable(tmp_path):
+    old, new = make(tmp_path, 3), make(tmp_path, 4)
+    (new / "manifest.json").write_bytes((old / "manifest.json").read_bytes())
+    assert verify(new, deep=False) == ["its manifest is the one of step 3"]
+    assert newest_checkpoint(tmp_path) == old
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path):
+    folder = make(tmp_path, 3)
+    folder.rename(folder.with_name(".replaced_step_3"))
+    prune(tmp_path / "checkpoints", Keep(2))
+    assert newest_checkpoint(tmp_path) == folder
+    assert verify(folder, deep=True) == []
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """Six checkpoints: the newest without a manifest, the one before it with a flipped bit."""
+    folder = tmp_path / "runs" / "mine"
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, None), (60, None)):
+        make(folder, step, loss)
+    (folder / "checkpoints" / "step_60" / "manifest.json").unlink()
+    flip_a_bit(folder / "checkpoints" / "step_50")
+    (folder / "config.yaml").write_text(
+        "phase: 2\nname: mine\ntraining: {max_steps: 100}\nschedule: {warmup_steps: 1}\n"
+        "checkpoint: {every_steps: 10, keep_last: 2, keep_best: 1}\n"
+    )
+    return folder
+
+
+def lgpt(*words: object) -> dict[str, object]:
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    answer: dict[str, object] = json.loads(done.output.splitlines()[-1])
+    return {**answer, "text": done.output}
+
+
+def test_why_names_the_reason_of_every_newer_one(run_folder):
+    quick = lgpt("checkpoint", "why", run_folder, "--quick", "--json")
+    assert quick["chosen"] == "step_50"
+    read = lgpt("checkpoint", "why", run_folder, "--json")
+    assert read["chosen"] == "step_40"
+    assert "A start would go on from step_40 (every byte read)" in read["text"]
+    assert "Not from step_60: " in read["text"]
+    assert "never completed" in read["text"]
+    assert "Not from step_50: model/shard.pt has other content than was saved" in read["text"]
+    # What a read found is not forgotten.
+    assert lgpt("checkpoint", "why", run_folder, "--quick", "--json")["chosen"] == "step_40"
+
+
+def test_verify_reads_all_and_fails_when_one_is_damaged(run_folder):
+    with pytest.raises(CheckpointError, match="2 of 6 checkpoints are damaged"):
+        lgpt("checkpoint", "verify", run_folder, "--json")
+    whole = lgpt("checkpoint", "verify", run_folder / "checkpoints" / "step_40", "--json")
+    (result,) = whole["checkpoints"]
+    assert result["is_whole"]
+    assert result["bytes"] > 200 * 40
+
+
+def test_ls_tells_size_loss_state_and_why_each_one_stays(run_folder):
+    listed = lgpt("checkpoint", "ls", run_folder, "--json")
+    by_name = {each["name"]: each for each in listed["checkpoints"]}
+    assert list(by_name) == [f"step_{step}" for step in (60, 50, 40, 30, 20, 10)]
+    assert by_name["step_60"]["problems"]
+    assert by_name["step_20"]["stays_because"] == ["one of the best 1"]
+    assert by_name["step_10"]["stays_because"] == []
+    assert by_name["step_10"]["validation_loss"] == 3.0
+
+
+def test_prune_says_first_then_does_and_leaves_a_running_save_alone(run_folder):
+    staged = run_folder / "checkpoints" / ".staging_step_70"
+    staged.mkdir()
+    said = lgpt("checkpoint", "prune", run_folder, "--dry-run", "--json")
+    assert steps_in(run_folder) == [10, 20, 30, 40, 50, 60]
+    done = lgpt("checkpoint", "prune", run_folder, "--json")
+    assert said["removed"] == done["removed"] == ["step_30", "step_10"]
+    assert steps_in(run_folder) == [20, 40, 50, 60]
+    assert staged.exists()
+
+
+def test_a_folder_without_checkpoints_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoints: give a run folder"):
+        lgpt("checkpoint", "why", tmp_path)
