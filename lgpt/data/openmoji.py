@@ -48,6 +48,8 @@ class OpenmojiDataset:
         self.split = split
         codes = (file.name[:-4] for file in self._svgs.iterdir() if file.name.endswith(".svg"))
         known = [code for code in sorted(codes) if _characters(code) in self._names]
+        if not settings.openmoji.skin_tones:
+            known = [code for code in known if not _SKIN_TONES.search(_characters(code))]
         plain_by_name = {
             entry["en"]: characters
             for characters, entry in self._names.items()

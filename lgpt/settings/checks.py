@@ -37,6 +37,8 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
 
     if run.data.dataset != "shapes":
         add("data.shapes", "data.dataset", f"with data.dataset: {run.data.dataset}")
+    if run.data.dataset != "openmoji":
+        add("data.openmoji", "data.dataset", f"with data.dataset: {run.data.dataset}")
     if run.data.dataset in ("shapes", "openmoji"):
         add("data.source", "data.dataset", f"with data.dataset: {run.data.dataset}")
     if run.data.dataset != "flickr30k":

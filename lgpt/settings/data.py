@@ -19,6 +19,16 @@ class ShapesSettings(Section):
     )
 
 
+class OpenmojiSettings(Section):
+    """The emoji of `data.dataset: openmoji`."""
+
+    skin_tones: bool = Field(
+        True,
+        description="also the drawings of people and hands in five skin tones, half of all; "
+        "false: each emoji once",
+    )
+
+
 class DataSettings(Section):
     """One schema for every dataset: image, captions, split, id."""
 
@@ -52,3 +62,4 @@ class DataSettings(Section):
     workers: int = Field(2, ge=0, description="threads that load and cut images, per rank")
     seed: Seed = Field(0, description="seed of drawn scenes and of crops")
     shapes: ShapesSettings = ShapesSettings()
+    openmoji: OpenmojiSettings = OpenmojiSettings()

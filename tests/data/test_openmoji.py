@@ -66,6 +66,17 @@ def test_all_skin_tones_of_one_emoji_are_in_the_same_split():
 
 
 @needs_openmoji
+def test_without_skin_tones_each_emoji_is_there_once_and_in_the_same_split():
+    for split in ("train", "val"):
+        all_of_them, once = _open(split), _open(split, openmoji={"skin_tones": False})
+        names = [all_of_them.captions(i)[0] for i in range(len(all_of_them))]
+        expected = [name for name in names if "skin tone" not in name]
+        assert [once.captions(i)[0] for i in range(len(once))] == expected
+        assert 0.3 < len(once) / len(all_of_them) < 0.6
+        assert once.fingerprint != all_of_them.fingerprint
+
+
+@needs_openmoji
 def test_drawings_are_on_white_and_show_their_colours():
     train = _open("train")
     index = [train.image_id(i) for i in range(len(train))].index("1F34E")
