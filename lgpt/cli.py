@@ -248,8 +248,9 @@ def convert_vqvae_command(
 ) -> None:
     """Write a VQ-VAE from anywhere as our own folder, or in the layout of taming-transformers."""
     from lgpt.evaluation.vqvae_inspection import open_guessed
-    from lgpt.models.vqgan_import import convert_vqvae
+    from lgpt.models.vqgan_import import check_conversion, convert_vqvae
 
+    check_conversion(out, to=to, overwrite=overwrite)
     vqvae, _ = open_guessed(source, kind, ddconfig)
     files = convert_vqvae(vqvae, out, to=to, overwrite=overwrite)
     print(f"Wrote {' and '.join(str(file) for file in files)}.")

@@ -17,6 +17,7 @@ from typing import Optional, Union
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -208,23 +209,37 @@ def convert_vqvae(
 
     Raises:
         SettingsError: Another `to`.
-        CheckpointError: `out` is a file, or holds something already.
+        CheckpointError: `out` is a file, holds something already, or cannot be written.
+    """
+    folder = Path(out)
+    check_conversion(folder, to=to, overwrite=overwrite)
+    files = tuple(folder / name for name in _CONVERSIONS[to])
+    try:
+        files[0].unlink(missing_ok=True)  # half a conversion must not look whole
+        if to == "taming":
+            export_taming(vqvae, folder)
+        else:
+            vqvae.save_pretrained(folder)
+    # torch's and safetensors' ways to say that a file cannot be written, a full disk among them.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}.") from error
+    return files
+
+
+def check_conversion(folder: Path, *, to: str, overwrite: bool) -> None:
+    """What of `convert_vqvae` can be refused before anything is read.
+
+    Raises:
+        SettingsError: Another `to`.
+        CheckpointError: The folder is a file, or holds something already.
     """
     if to not in _CONVERSIONS:
         raise SettingsError(f"--to {to!r} is not known: it is one of {', '.join(_CONVERSIONS)}.")
-    folder = Path(out)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
         raise CheckpointError(
             f"{folder} holds something already: give another folder, or --overwrite to replace "
             f"{' and '.join(_CONVERSIONS[to])} in it."
         )
-    files = tuple(folder / name for name in _CONVERSIONS[to])
-    files[0].unlink(missing_ok=True)  # half a conversion must not look whole
-    if to == "taming":
-        export_taming(vqvae, folder)
-    else:
-        vqvae.save_pretrained(folder)
-    return files
 
 
 def export_taming(vqvae: VQVAE, folder: Union[str, Path]) -> Path:

@@ -203,6 +203,21 @@ def test_conversion_does_not_write_over_what_is_there(tmp_path: Path) -> None:
         convert_vqvae(vqvae, tmp_path, to="onnx", overwrite=True)
 
 
+def test_conversion_that_cannot_be_written_is_refused(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for target, to in (("/proc/none", "lgpt"), (tmp_path / "file" / "below", "taming")):
+        code, _, sentence = command("convert", FIXTURES / "taming_tiny", target, "--to", to)
+        assert code == 3
+        assert f"{target} cannot be written: " in sentence
+    # What the folder and --to already tell is said without a VQ-VAE.
+    code, _, sentence = command("convert", tmp_path / "nowhere", tmp_path)
+    assert (code, "holds something already" in sentence) == (3, True)
+    code, _, sentence = command("convert", tmp_path / "nowhere", tmp_path / "new", "--to", "onnx")
+    assert (code, "'onnx' is not known" in sentence) == (2, True)
+
+
 def bitflipped(folder: Path) -> Path:
     """evil/bitflipped_last.ckpt, made by its recipe: the file itself has 2.9 MB."""
     damage = json.loads((EVIL / "evil.json").read_text())["damaged"]["bitflipped_last.ckpt"]
