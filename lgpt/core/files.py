@@ -8,7 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lgpt.core.errors import CheckpointError
+
 _CHUNK_BYTES = 1 << 18
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def sha256_of_file(path: Path) -> str:
@@ -25,6 +28,20 @@ def sha256_of_json(value: Any) -> str:
     """Hex sha256 of a JSON value, independent of key order and spacing."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse the few lines that a git clone without Git LFS leaves in place of weights.
+
+    Raises:
+        CheckpointError: It is such a pointer.
+    """
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its "
+                "clone, or download the file."
+            )
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lgpt.core.errors import CheckpointError
+from lgpt.core.files import refuse_lfs_pointer
 
 PREFIX = "text_model."
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -48,6 +49,7 @@ def read_text_tower(folder: Path) -> dict[str, Tensor]:
     for path in _weight_files(folder):
         reader = _read_safetensors if path.suffix == ".safetensors" else _read_bin
         try:
+            refuse_lfs_pointer(path)
             state.update(reader(path))
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(

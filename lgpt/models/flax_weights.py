@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lgpt.core.errors import CheckpointError
+from lgpt.core.files import refuse_lfs_pointer
 from lgpt.models.strict_loading import Layout, Shape
 
 _ARRAY = 1
@@ -62,6 +63,7 @@ def read_flax_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: The file is damaged, or holds more than maps of arrays.
     """
     try:
+        refuse_lfs_pointer(path)
         payload = path.read_bytes()
         # No list stands outside of a leaf: one that claims to be long must not be laid out.
         tree = msgpack.unpackb(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lgpt.core.errors import CheckpointError
-from lgpt.core.files import write_json_atomically
+from lgpt.core.files import refuse_lfs_pointer, write_json_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -77,6 +77,7 @@ def read_weights(folder: Union[str, Path]) -> tuple[dict[str, Tensor], str]:
     """
     path = Path(folder) / WEIGHTS_FILE
     try:
+        refuse_lfs_pointer(path)
         return load_file(path), str(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(

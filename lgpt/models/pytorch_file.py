@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lgpt.core.errors import CheckpointError
+from lgpt.core.files import refuse_lfs_pointer
 
 # Names that honest checkpoints carry; each becomes an empty class that is never called. Lightning
 # 1.x keys its `callbacks` by these classes, LlamaGen keeps its command line as a Namespace.
@@ -38,6 +39,7 @@ def read_pytorch_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not there, or is not a file.")
+    _refuse_other_kinds(path)
     _refuse_damaged_zip(path)
     return _load_as_data(path)
 
@@ -61,6 +63,15 @@ def tensors_within(values: object, path: Path) -> dict[str, Tensor]:
                 f"{list(tensor.shape)} claim more. {_COPY_AGAIN}"
             )
     return tensors
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    # torch's unpickler takes the first byte of any file for an opcode, and blames that.
+    refuse_lfs_pointer(path)
+    with path.open("rb") as stream:
+        head = stream.read(16)
+    if head and not head.startswith((b"PK", b"\x80")):  # a zip, or a pickle in the old format
+        raise CheckpointError(f"{path} is not a PyTorch file: it begins with {head!r}.")
 
 
 def _refuse_damaged_zip(path: Path) -> None:

@@ -13,6 +13,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -22,6 +23,7 @@ import torch
 import yaml
 
 from lgpt.core.errors import CheckpointError
+from lgpt.models.clip_encoder import ClipTextEncoder
 from lgpt.models.ddconfig import config_from_json, config_from_yaml
 from lgpt.models.flax_weights import read_flax_tensors
 from lgpt.models.vqgan_import import load_vqvae
@@ -196,6 +198,37 @@ def test_flips_and_cuts_anywhere_are_refused(tmp_path: Path) -> None:
         (tmp_path / "last.ckpt").write_bytes(bytes(content[:cut]))
         with pytest.raises(CheckpointError):  # it never fits the yaml
             load_vqvae("pretrained_taming", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "fixture", "weights"),
+    [
+        ("pretrained_taming", "taming_tiny", "last.ckpt"),
+        ("pretrained_llamagen", "llamagen_vq_tiny", "vq_ds16_tiny.pt"),
+        ("pretrained_hf", "flax_tiny", "flax_model.msgpack"),
+        ("custom", "", "model.safetensors"),
+        ("clip", "clip_tiny", "model.safetensors"),
+    ],
+)
+def test_pointer_that_git_leaves_in_place_of_weights_is_named(
+    tmp_path: Path, source: str, fixture: str, weights: str
+) -> None:
+    if fixture:
+        shutil.copytree(FIXTURES / fixture, tmp_path, dirs_exist_ok=True)
+    else:
+        load_vqvae("pretrained_taming", FIXTURES / "taming_tiny").save_pretrained(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 304295436\n"
+    (tmp_path / weights).write_text(pointer)
+    read = {"clip": ClipTextEncoder.from_pretrained}.get(source, partial(load_vqvae, source))
+    with pytest.raises(CheckpointError, match=f"{weights} is a pointer of Git LFS.*git lfs pull"):
+        read(tmp_path)
+
+
+def test_file_of_another_kind_is_not_called_hostile(tmp_path: Path) -> None:
+    for name in ("images.npy", "model.yaml"):
+        path = FIXTURES / "taming_tiny" / name
+        with pytest.raises(CheckpointError, match=rf"{name} is not a PyTorch file: it begins with"):
+            load_vqvae("pretrained_taming", path)
 
 
 def test_zip_that_claims_more_than_it_has_is_not_unpacked(tmp_path: Path) -> None:
