@@ -14,7 +14,15 @@ from lgpt.models.vqvae_config import VQVAEConfig, shown
 
 # PyYAML's time grows with the text, and with the square of open brackets; real ones have a few KB.
 _MAX_BYTES, _MAX_BRACKETS = 32_000, 500
-FIXED_DDCONFIG = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
+FIXED_DDCONFIG: dict[str, Any] = {
+    "double_z": False,
+    "in_channels": 3,
+    "out_ch": 3,
+    "resamp_with_conv": True,
+}
+# latent-diffusion's options of the same networks; the first two leave no trace in the weights.
+FIXED_DDCONFIG.update(tanh_out=False, give_pre_end=False)
+FIXED_DDCONFIG.update(use_linear_attn=False, attn_type="vanilla")
 SHAPING_DDCONFIG = (
     "z_channels",
     "ch",

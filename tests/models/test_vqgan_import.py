@@ -387,8 +387,11 @@ def test_yaml_that_asks_for_another_architecture_is_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="needs ddconfig, n_embed and embed_dim"):
         load_vqvae("pretrained_taming", tmp_path)
     document["model"]["params"]["embed_dim"] = 32
+    # latent-diffusion's: with tanh_out the weights would fit and every picture be wrong.
+    document["model"]["params"]["ddconfig"].update(tanh_out=True, attn_type="none")
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(CheckpointError, match=r"double_z is True.*in_channels is 4"):
+    message = r"double_z is True.*in_channels is 4.*tanh_out is True.*attn_type is 'none'"
+    with pytest.raises(CheckpointError, match=message):
         load_vqvae("pretrained_taming", tmp_path)
 
 
