@@ -60,7 +60,7 @@ def prepare_latent_cache(run: TransformerRun) -> list[dict[str, Any]]:
         What is in the cache, a report a split, see `_report`; on rank 0, others get none.
 
     Raises:
-        SettingsError: The run has no latent cache.
+        SettingsError: The run has no latent cache, or its folder cannot be made.
         DataError, CheckpointError: Pictures, VQ-VAE or text encoder cannot be used.
     """
     if run.latent_cache is None:
@@ -68,6 +68,13 @@ def prepare_latent_cache(run: TransformerRun) -> list[dict[str, Any]]:
             "latent_cache is not set, so there is nothing to prepare; give it a folder, "
             f"for example latent_cache=runs/{run.name}-latents."
         )
+    try:
+        run.latent_cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"latent_cache {run.latent_cache} cannot be made: {error}. Give it a folder that can "
+            "be written."
+        ) from error
     device = start_process_group() if world_size() > 1 else device_of_this_rank()
     vqvae = load_vqvae_of(run.vqvae).to(device)
     vqvae_digest = vqvae.weights_digest()

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 
+from lgpt.core.errors import SettingsError
 from lgpt.data.captioned import open_dataset
 from lgpt.data.latent_cache import LatentCache
 from lgpt.data.transforms import to_unit_range
@@ -159,6 +160,15 @@ def test_pictures_are_encoded_in_float32_whatever_training_is(home: Path, whole:
     # How many is in test_vqgan_import.py.
     assert (halved.encode(images).flatten() != expected.flatten()).any()
     assert (halved.encode(pictures).flatten(1) != tokens).any()
+
+
+def test_a_cache_that_cannot_be_made_is_refused_before_anything_is_read(tmp_path: Path):
+    config = flickr_set.phase1_run(tmp_path, tmp_path / "nowhere", tmp_path / "file" / "cache")
+    (tmp_path / "file").write_text("mine")
+    run = load_run_settings(tiny.write(tmp_path / "run.yaml", config), environ={})
+    assert isinstance(run, Phase1)
+    with pytest.raises(SettingsError, match=r"latent_cache .*file/cache cannot be made: .*Give it"):
+        prepare_latent_cache(run)
 
 
 @pytest.mark.parametrize(("dtype", "largest_rms"), [("float16", 2.5e-4), ("bfloat16", 2e-3)])
