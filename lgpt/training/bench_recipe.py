@@ -24,12 +24,12 @@ from lgpt.data.progress import progress
 from lgpt.data.transforms import to_unit_range
 from lgpt.engine.build import set_learning_rate
 from lgpt.engine.start import afford_bf16, start_process_group
+from lgpt.evaluation.picture_metrics import code_perplexity, code_usage, psnr_decibels
 from lgpt.models.quantizer import Quantized
 from lgpt.models.vqvae_config import VQVAEConfig
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import Phase2
 from lgpt.training.bench_llamagen import LlamagenLoop
-from lgpt.training.losses import code_perplexity, code_usage, psnr_decibels
 from lgpt.training.schedule import learning_rate_at
 from lgpt.training.train_vqvae import VqvaeTask
 

@@ -15,16 +15,12 @@ from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
+from lgpt.evaluation.picture_metrics import code_perplexity, code_usage, psnr_decibels
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 from lgpt.sampling.pipeline import picture_grid
 from lgpt.settings.phases import Phase2
 from lgpt.training.components import open_split, transform_of
-from lgpt.training.losses import (
-    code_perplexity,
-    code_usage,
-    psnr_decibels,
-    reconstruction_loss,
-)
+from lgpt.training.losses import reconstruction_loss
 from lgpt.training.places import micro_batches_of, validation_batches_of
 
 _CROP_STREAM = 1
