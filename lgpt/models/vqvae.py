@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import ClassVar, NamedTuple, Optional, Union
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,7 @@ from lgpt.models.loading_report import LoadingReport
 from lgpt.models.model_folder import read_model_config, read_weights, write_model_folder
 from lgpt.models.quantizer import VectorQuantizer
 from lgpt.models.strict_loading import check_strictly, load_strictly
-from lgpt.models.vqvae_blocks import Decoder, Encoder
+from lgpt.models.vqvae_blocks import AttnBlock, Decoder, Encoder, ResnetBlock
 from lgpt.models.vqvae_config import VQVAEConfig
 
 _MODEL_TYPE = "lgpt_vqvae"
@@ -57,6 +57,8 @@ class VQVAE(nn.Module):
     Attributes:
         loading: What `load_vqvae` found and did; None for one that was not loaded by it.
     """
+
+    zero3_leaf_modules: ClassVar[tuple[type[nn.Module], ...]] = (ResnetBlock, AttnBlock)
 
     def __init__(self, config: VQVAEConfig, *, entropy_temperature: Optional[float] = None) -> None:
         super().__init__()

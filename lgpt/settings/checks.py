@@ -61,6 +61,10 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
             add("loss.codebook_weight", "vqvae.codebook_update", "with codebook_update: ema")
         if run.loss.entropy_weight == 0:
             add("loss.entropy_temperature", "loss.entropy_weight", "with loss.entropy_weight: 0")
+        if run.loss.adversarial == "none":
+            add(
+                "discriminator", "loss.adversarial", "with loss.adversarial: none (only with hinge)"
+            )
         return void
     if run.conditioning == "unconditional":
         text_only = "text transformer.cond_drop sampling.guidance sampling.prompts"
@@ -82,6 +86,7 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     problems += _retention(run, at)
     if isinstance(run, Phase2):
         problems += _vqvae(run.vqvae, run.data, at)
+        problems += _discriminator(run, at)
         return problems
     problems += _true_captions(run, at)
     problems += _vqvae_source(run, at)
@@ -221,6 +226,36 @@ def _vqvae(vqvae: VqvaeSettings, data: DataSettings, at: At) -> list[Problem]:
     if any(multiple < 1 for multiple in vqvae.ch_mult):
         text = f"{at('vqvae.ch_mult')} must hold whole numbers of at least 1."
         problems.append(_problem(text, "vqvae.ch_mult"))
+    return problems
+
+
+def _discriminator(run: Phase2, at: At) -> list[Problem]:
+    if run.loss.adversarial == "none":
+        return []
+    problems = []
+    settings, start = run.discriminator, "discriminator.start_step"
+    if settings.start_step >= run.training.max_steps:
+        names = (start, "training.max_steps")
+        text = (
+            f"{at(start)} must be less than {at(names[1])}: the discriminator would never count; "
+            f"set it to {run.training.max_steps // 5} or so, or loss.adversarial to none."
+        )
+        problems.append(_problem(text, *names))
+    if settings.warmup_steps > settings.start_step:
+        names = ("discriminator.warmup_steps", start)
+        text = (
+            f"{at(names[0])} must be at most {at(start)}: it learns before it counts; set it to "
+            f"{settings.start_step}."
+        )
+        problems.append(_problem(text, *names))
+    least = 3 * 2**settings.layers
+    if run.data.resolution < least:
+        names = ("discriminator.layers", "data.resolution")
+        text = (
+            f"{at(names[0])} leaves nothing of {at(names[1])}: pictures must have at least {least} "
+            "pixels a side for it; lower it."
+        )
+        problems.append(_problem(text, *names))
     return problems
 
 

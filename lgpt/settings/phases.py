@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Optional, Union
 from pydantic import Field
 
 from lgpt.settings.data import DataSettings
+from lgpt.settings.discriminator import DiscriminatorSettings
 from lgpt.settings.section import FolderOrFile, NameOrPath, Section, Seed
 from lgpt.settings.text import TextSettings
 from lgpt.settings.training import (
@@ -88,6 +89,7 @@ class Phase2(_PhaseBase):
     phase: Literal[2] = 2
     vqvae: VqvaeSettings = VqvaeSettings()
     loss: VqvaeLossSettings = VqvaeLossSettings()
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
 
 
 class Phase3(_TransformerPhase):

@@ -51,6 +51,9 @@ class VqvaeLossSettings(Section):
         0.0, ge=0, description="pulls latents to one code each and all codes into use; IBQ: 0.05"
     )
     entropy_temperature: float = Field(0.01, gt=0, description="of its soft choice of codes")
+    adversarial: Literal["none", "hinge"] = Field(
+        "none", description="hinge: a PatchGAN learns beside it, see `discriminator`"
+    )
 
 
 class VqvaeSourceSettings(Section):

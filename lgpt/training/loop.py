@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Optional
@@ -137,7 +137,7 @@ class _Loop:
             {
                 "is_stopping": float(signals.received is not None),
                 "has_diverged": float(bool(self._not_finite(metrics))),
-                "is_skipped": float(math.isinf(metrics["gradient_norm"])),
+                "is_skipped": float(any(math.isinf(metrics[name]) for name in _norms(metrics))),
                 "elapsed_seconds": self.progress.elapsed_seconds,
             },
             self.device,
@@ -230,7 +230,7 @@ class _Loop:
     def _log_window(self, learning_rate: float) -> None:
         seconds = self.progress.elapsed_seconds - self.window_started_after_seconds
         images = len(self.window) * self.run.batch.global_batch_images
-        mine = {key: sum(m[key] for m in self.window) / len(self.window) for key in self.window[0]}
+        mine = _means(self.window)
         metrics = mean_over_ranks(mine, self.device)
         metrics.update(
             learning_rate=learning_rate,
@@ -333,6 +333,20 @@ def _read_companions(run_folder: Path) -> dict[str, str]:
     # ds_source.json is there only where the user's own JSON was named.
     there = [name for name in _COMPANIONS if (run_folder / name).exists()]
     return {name: (run_folder / name).read_text() for name in there}
+
+
+def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the steps that have it."""
+    columns: dict[str, list[float]] = {}
+    for metrics in window:
+        for name, value in metrics.items():
+            columns.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in columns.items()}
+
+
+def _norms(metrics: Mapping[str, float]) -> list[str]:
+    """The gradient norm of every engine that took the step."""
+    return [name for name in metrics if name.endswith("gradient_norm")]
 
 
 def _due(step: int, every: int) -> bool:

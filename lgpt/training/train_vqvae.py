@@ -16,10 +16,11 @@ from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
 from lgpt.evaluation.picture_metrics import code_perplexity, code_usage, psnr_decibels
-from lgpt.models.vqvae import VQVAE, VQVAEConfig
+from lgpt.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from lgpt.sampling.pipeline import picture_grid
 from lgpt.settings.phases import Phase2
 from lgpt.training.components import open_split, transform_of
+from lgpt.training.gan import Adversary
 from lgpt.training.losses import reconstruction_loss
 from lgpt.training.places import micro_batches_of, validation_batches_of
 
@@ -31,7 +32,7 @@ class VqvaeTask:
     """The step functions of a phase 2 run."""
 
     main_loss = "recon_loss"
-    finite_losses = ("recon_loss",)
+    finite_losses: tuple[str, ...] = (main_loss,)
 
     def __init__(self, run: Phase2, device: torch.device) -> None:
         """Open the pictures and make the model; `build_engines` makes the engine."""
@@ -48,6 +49,10 @@ class VqvaeTask:
             entropy_temperature=run.loss.entropy_temperature if run.loss.entropy_weight else None,
         )
         self.engine: Any = None
+        self.adversary: Optional[Adversary] = None
+        if run.loss.adversarial != "none":
+            self.adversary = Adversary(run.discriminator, self.model)
+            self.finite_losses = (self.main_loss, *Adversary.finite_losses)
 
     def _images(self, split: str) -> ImageBatches:
         data = self.run.data
@@ -80,19 +85,23 @@ class VqvaeTask:
         return {"training_pictures": self.train_images.dataset.fingerprint}
 
     def build_engines(self, ds_config: dict[str, Any]) -> None:
-        """One engine, around the model."""
+        """An engine around the model, and one around the discriminator where there is one."""
         self.engine = build_engine(self.model, self.run.optimizer, ds_config)
+        if self.adversary is not None:
+            self.adversary.build_engine(self.run.optimizer, ds_config)
 
     def engines(self) -> dict[str, Any]:
-        """The model's engine."""
-        return {"model": self.engine}
+        """The engines of both players."""
+        if self.adversary is None:
+            return {"model": self.engine}
+        return {"model": self.engine, "discriminator": self.adversary.engine}
 
     def train_step(self, step: int) -> Mapping[str, float]:
-        """One optimizer step on reconstruction, codebook, commitment and entropy loss."""
+        """One optimizer step of each player on the same pictures."""
         self.engine.train()
         self.model.quantize.begin_step()
         run, batch = self.run, self.run.batch
-        parts: list[torch.Tensor] = []
+        parts: list[dict[str, torch.Tensor]] = []
         counts = torch.zeros(run.vqvae.codebook_size, dtype=torch.int64, device=self.device)
         for places in micro_batches_of(
             step,
@@ -103,33 +112,45 @@ class VqvaeTask:
         ):
             images = self._training_images(places)
             output = self.engine(images)
-            recon = reconstruction_loss(output.reconstruction, images, run.loss.reconstruction)
-            codebook, commitment = output.codebook_loss, output.commitment_loss
-            loss = (
-                recon
-                + run.loss.codebook_weight * codebook
-                + run.loss.commitment_weight * commitment
-                + run.loss.entropy_weight * output.entropy_loss
-            )
-            self.engine.backward(loss)
-            self.engine.step()
-            losses = torch.stack([recon, codebook, commitment, output.entropy_loss])
-            parts.append(losses.detach().float())
+            parts.append(self._micro_step(images, output, step))
             counts += torch.bincount(output.tokens.flatten(), minlength=len(counts))
         revived = self.model.quantize.finish_step(seed=run.seed, step=step)
         sum_over_ranks(counts)
-        recon, codebook, commitment, entropy = torch.stack(parts).mean(0).tolist()
-        optional = {"entropy_loss": entropy} if run.loss.entropy_weight else {}
+        metrics = _means(parts)
+        if self.adversary is not None and self.adversary.learns_at(step):
+            metrics["discriminator_gradient_norm"] = self.adversary.gradient_norm()
         if run.vqvae.codebook_update == "ema" and run.vqvae.revive_dead_codes:
-            optional["revived_codes"] = float(revived)
-        return {
-            **optional,
-            "recon_loss": recon,
-            "codebook_loss": codebook,
-            "commitment_loss": commitment,
-            "codebook_usage": code_usage(counts.cpu()),
-            "perplexity": code_perplexity(counts.cpu()),
-        }
+            metrics["revived_codes"] = float(revived)
+        metrics["codebook_usage"] = code_usage(counts.cpu())
+        metrics["perplexity"] = code_perplexity(counts.cpu())
+        return metrics
+
+    def _micro_step(
+        self, images: torch.Tensor, output: VQVAEOutput, step: int
+    ) -> dict[str, torch.Tensor]:
+        """Backward and step of the VQ-VAE, then of the discriminator; losses for the log."""
+        loss, adversary = self.run.loss, self.adversary
+        seen = output.reconstruction
+        if adversary is not None:
+            seen = seen.detach().float().requires_grad_()  # see gan.py
+        recon = reconstruction_loss(seen, images, loss.reconstruction)
+        codebook, commitment = output.codebook_loss, output.commitment_loss
+        latent_loss = loss.codebook_weight * codebook + loss.commitment_weight * commitment
+        parts = {"recon_loss": recon, "codebook_loss": codebook, "commitment_loss": commitment}
+        if loss.entropy_weight:
+            latent_loss = latent_loss + loss.entropy_weight * output.entropy_loss
+            parts["entropy_loss"] = output.entropy_loss
+        if adversary is None:
+            self.engine.backward(recon + latent_loss)
+        else:
+            gradient, balance = adversary.picture_gradient(recon, seen, step)
+            parts.update(balance)
+            self.engine.backward((output.reconstruction.float() * gradient).sum() + latent_loss)
+        learning_rate = self.engine.optimizer.param_groups[0]["lr"]
+        self.engine.step()
+        if adversary is not None and adversary.learns_at(step):
+            parts.update(adversary.learn(images, seen.detach(), learning_rate))
+        return {name: part.detach().float() for name, part in parts.items()}
 
     def _training_images(self, places: np.ndarray) -> torch.Tensor:
         images = self._to_device(self.train_images.items(*self._items_and_crops(places)))
@@ -190,3 +211,9 @@ class VqvaeTask:
         pictures = to_pil(images.float().cpu()) + to_pil(reconstruction.float().cpu())
         captions = ["original"] * len(items) + ["reconstruction"] * len(items)
         return {"reconstructions": picture_grid(pictures, captions, columns=len(items))}
+
+
+def _means(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Each scalar's mean over the micro steps, in one copy from the device."""
+    stacked = torch.stack([torch.stack(list(part.values())) for part in parts])
+    return dict(zip(parts[0], stacked.mean(0).tolist()))

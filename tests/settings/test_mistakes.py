@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,7 @@ def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
         (VQVAE, ["vqvae.ema_decay=0.9"]),
         (VQVAE, ["vqvae.revive_dead_codes=false"]),
         (VQVAE, ["vqvae.codebook_update=ema", "loss.codebook_weight=2"]),
+        (VQVAE, ["loss.adversarial=none", "discriminator.layers=2"]),
         (TRANSFORMER, ["conditioning=unconditional", "text.encoder=a"]),
         (TRANSFORMER, ["conditioning=unconditional", "transformer.cond_drop=0.2"]),
         (TRANSFORMER, ["conditioning=unconditional", "sampling.guidance=2"]),
@@ -291,6 +293,19 @@ def test_a_setting_without_effect_is_an_error(base, overrides, tmp_path):
     assert problem.startswith(overrides[-1].split("=")[0] + " = ")
     assert "(command line) has no effect" in problem
     assert problem.endswith("remove it.")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["discriminator.start_step=5000"], r"start_step = 5000 .*less than .*max_steps.*1000"),
+        (["discriminator.start_step=9"], r"warmup_steps = 1000 \(default\) must be at most .*= 9"),
+        (["discriminator.start_step=2000", "data.resolution=16"], r"layers = 3 .*at least 24"),
+    ],
+)
+def test_a_discriminator_that_cannot_work_is_refused(overrides, text, tmp_path):
+    (problem,) = problems_of(VQVAE, tmp_path, "loss.adversarial=hinge", *overrides)
+    assert re.search(text, problem), problem
 
 
 def test_problems_of_broken_values_do_not_repeat_as_contradictions(tmp_path):
