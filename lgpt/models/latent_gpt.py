@@ -16,17 +16,10 @@ from typing import Any, ClassVar, Optional, Union
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lgpt.core.errors import SettingsError
-from lgpt.models.attention import (
-    CrossAttention,
-    ResidualLinear,
-    Rope2d,
-    SelfAttention,
-    build_norm,
-    choose_kernel,
-)
+from lgpt.models.attention import ResidualLinear, Rope2d, build_norm, choose_kernel
+from lgpt.models.block import Block
 from lgpt.models.kv_cache import BlockCache, DecodingState, ImageCache
 from lgpt.models.model_folder import (
     check_fields,
@@ -111,72 +104,6 @@ class LatentGPTConfig:
     def head_width(self) -> int:
         """Width of one attention head."""
         return self.hidden // self.heads
-
-
-class FeedForward(nn.Module):
-    """SwiGLU or GELU."""
-
-    def __init__(self, config: LatentGPTConfig) -> None:
-        super().__init__()
-        inner = config.mlp_hidden or 4 * config.hidden
-        self.is_gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.hidden, 2 * inner if self.is_gated else inner, bias=False)
-        self.down = ResidualLinear(inner, config.hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.is_gated:
-            return self.down(functional.gelu(self.up(x)))
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * value)
-
-
-class Block(nn.Module):
-    """Pre-norm: causal self-attention, cross-attention to the text, feed-forward."""
-
-    def __init__(self, config: LatentGPTConfig) -> None:
-        super().__init__()
-        c = config
-        self.self_norm = build_norm(c.norm, c.hidden)
-        self.self_attention = SelfAttention(c.hidden, c.heads, c.norm, c.qk_norm)
-        self.cross_norm = build_norm(c.norm, c.hidden)
-        text_width = c.text_width or c.hidden
-        self.cross_attention = CrossAttention(c.hidden, text_width, c.heads, c.norm, c.qk_norm)
-        self.mlp_norm = build_norm(c.norm, c.hidden)
-        self.mlp = FeedForward(c)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def forward(
-        self,
-        x_BLD: Tensor,
-        rotation: Optional[tuple[Tensor, Tensor]],
-        text: Tensor,
-        text_mask: Optional[Tensor],
-        kernel: str,
-        cache: Optional[BlockCache] = None,
-        position: int = 0,
-    ) -> Tensor:
-        """All positions at once, or with `cache` the single position `position` [B, 1, D].
-
-        The one way in, so that ZeRO-3 can gather a block as a whole. The text's keys and values are
-        computed at position 0 and kept in the cache.
-        """
-        attended = self.self_attention(
-            self.self_norm(x_BLD),
-            rotation,
-            kernel,
-            None if cache is None else cache.image,
-            position,
-        )
-        x_BLD = x_BLD + self.dropout(attended)
-        if cache is None:
-            keys, values = self.cross_attention.keys_values(text)
-        else:
-            if cache.text is None:
-                cache.text = self.cross_attention.keys_values(text)
-            keys, values = cache.text
-        attended = self.cross_attention(self.cross_norm(x_BLD), keys, values, text_mask)
-        x_BLD = x_BLD + self.dropout(attended)
-        return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
 
 
 class LatentGPT(nn.Module):
