@@ -66,7 +66,7 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
         lr=optimizer.learning_rate,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
-        fused=torch.cuda.is_available(),
+        fused=True,  # one pass over weights and moments, on CPUs too
     )
     config = copy.deepcopy(ds_config)
     if Float32Products.is_on:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lgpt.core.distributed import is_launched, is_rank_zero, local_rank
 from lgpt.core.logging import get_logger
+from lgpt.engine.memory import keep_freed_memory
 from lgpt.engine.ranks import broadcast_from_rank_zero
 
 _log = get_logger(__name__)
@@ -59,6 +60,7 @@ def start_process_group() -> torch.device:
         This rank's device.
     """
     device = device_of_this_rank()
+    keep_freed_memory(device)
     if dist.is_initialized():
         return device
     if not is_launched():
