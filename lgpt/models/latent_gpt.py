@@ -58,6 +58,8 @@ class LatentGPTConfig:
     positions: str = "rope2d"
     qk_norm: bool = True
     dropout: float = 0.0
+    pkeep: float = 1.0
+    zero_head: bool = True
     cond_drop: float = 0.1
     attention: str = "auto"
 
@@ -139,10 +141,11 @@ class LatentGPT(nn.Module):
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
-        """N(0, 0.02); what is added to the residual stream smaller, as GPT-2; the head stays 0."""
+        """N(0, 0.02); what is added to the residual stream smaller, as GPT-2; the head 0 or so."""
+        is_normal_head = isinstance(module, TokenHead) and not self.config.zero_head
         if isinstance(module, ResidualLinear):
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.layers))
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
+        elif is_normal_head or isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(
@@ -168,7 +171,8 @@ class LatentGPT(nn.Module):
         if null_text is None and self.training and text is not None:
             null_text = torch.rand(batch, device=tokens.device) < self.config.cond_drop
         starts = torch.zeros(batch, 1, dtype=torch.long, device=tokens.device)
-        embedded = [self.start_embedding(starts), self.token_embedding(tokens[:, :-1])]
+        seen = self._corrupted(tokens[:, :-1])
+        embedded = [self.start_embedding(starts), self.token_embedding(seen)]
         x_BLD, rotation = self._with_positions(torch.cat(embedded, dim=1), 0)
         x_BLD = self.dropout(x_BLD)
         context, context_mask = self._context(batch, text, text_mask, null_text, x_BLD)
@@ -176,6 +180,17 @@ class LatentGPT(nn.Module):
         for block in self.blocks:
             x_BLD = block(x_BLD, rotation, context, context_mask, kernel)
         return self.head(self.final_norm(x_BLD), targets)
+
+    def _corrupted(self, tokens: Tensor) -> Tensor:
+        """In training a share 1 - pkeep of the input tokens becomes random codes.
+
+        Source: Esser et al. 2021 (taming-transformers, `pkeep`), https://arxiv.org/abs/2012.09841.
+        """
+        if not self.training or self.config.pkeep == 1:
+            return tokens
+        is_kept = torch.rand(tokens.shape, device=tokens.device) < self.config.pkeep
+        codes = torch.randint_like(tokens, self.config.codebook_size)
+        return torch.where(is_kept, tokens, codes)
 
     @torch.no_grad()
     def start_decoding(

@@ -19,7 +19,7 @@ _MAX_LOGITS = 1 << 24
 class TokenHead(nn.Module):
     """The untied output matrix, and the loss in the same forward so that ZeRO-3 gathers it once.
 
-    Starts at zero: the first loss is exactly ln V.
+    Made at zero, where the first loss is exactly ln V.
 
     Args:
         width: D.

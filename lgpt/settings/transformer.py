@@ -23,6 +23,16 @@ class TransformerSettings(Section):
     positions: Literal["rope2d", "learned"] = "rope2d"
     qk_norm: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
+    pkeep: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of input tokens kept in training; the others become random codes "
+        "(taming-transformers' name)",
+    )
+    zero_head: bool = Field(
+        True, description="the head starts at zero and the loss at ln(codes); false: N(0, 0.02)"
+    )
     cond_drop: float = Field(
         0.1, ge=0, le=1, description="share of captions replaced by the learned null embedding"
     )

@@ -177,6 +177,28 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.allclose(first, second)
 
 
+def test_pkeep_replaces_its_share_of_the_input_tokens_in_training_only() -> None:
+    model = _model(pkeep=0.7)
+    tokens = torch.randint(32, (2000, 6), generator=torch.Generator().manual_seed(1))
+    read: list[Tensor] = []
+    model.token_embedding.register_forward_hook(lambda _, args, out: read.append(args[0]))
+    model.eval()(tokens)
+    model.train()(tokens)
+    assert torch.equal(read[0], tokens[:, :-1])
+    # A random code is the right one in one of 32.
+    kept = (read[1] == tokens[:, :-1]).float().mean()
+    assert float(kept) == pytest.approx(0.7 + 0.3 / 32, abs=0.02)
+    assert set(read[1].unique().tolist()) == set(range(32))
+
+
+def test_head_starts_at_zero_unless_it_is_asked_to_be_normal() -> None:
+    torch.manual_seed(0)
+    wide = dataclasses.replace(TINY, hidden=128, codebook_size=256)
+    assert not LatentGPT(wide).head.weight.any()
+    normal = LatentGPT(dataclasses.replace(wide, zero_head=False)).head.weight
+    assert float(normal.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
 def test_bf16_stays_bf16_with_a_float32_loss() -> None:
     tokens, text, mask = _batch()
     model = _model().bfloat16()
