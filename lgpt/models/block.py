@@ -64,20 +64,32 @@ class Block(nn.Module):
         The one way in, so that ZeRO-3 can gather a block as a whole. The text's keys and values are
         computed at position 0 and kept in the cache.
         """
+        if cache is None:
+            return self.all_positions(x_BLD, rotation, text, text_mask, kernel)
         attended = self.self_attention(
-            self.self_norm(x_BLD),
-            rotation,
-            kernel,
-            None if cache is None else cache.image,
-            position,
+            self.self_norm(x_BLD), rotation, kernel, cache.image, position
         )
         x_BLD = x_BLD + self.dropout(attended)
-        if cache is None:
-            keys, values = self.cross_attention.keys_values(text)
-        else:
-            if cache.text is None:
-                cache.text = self.cross_attention.keys_values(text)
-            keys, values = cache.text
+        if cache.text is None:
+            cache.text = self.cross_attention.keys_values(text)
+        return self._after_self_attention(x_BLD, *cache.text, text_mask)
+
+    def all_positions(
+        self,
+        x_BLD: Tensor,
+        rotation: Optional[tuple[Tensor, Tensor]],
+        text: Tensor,
+        text_mask: Optional[Tensor],
+        kernel: str,
+    ) -> Tensor:
+        """Without a cache; through `forward` only, or ZeRO-3 has not gathered the block."""
+        x_BLD = x_BLD + self.dropout(self.self_attention(self.self_norm(x_BLD), rotation, kernel))
+        keys, values = self.cross_attention.keys_values(text)
+        return self._after_self_attention(x_BLD, keys, values, text_mask)
+
+    def _after_self_attention(
+        self, x_BLD: Tensor, keys: Tensor, values: Tensor, text_mask: Optional[Tensor]
+    ) -> Tensor:
         attended = self.cross_attention(self.cross_norm(x_BLD), keys, values, text_mask)
         x_BLD = x_BLD + self.dropout(attended)
         return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, Callable, ClassVar, Optional, Union
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -108,6 +108,10 @@ class LatentGPTConfig:
         return self.hidden // self.heads
 
 
+def _plain_call(index: int, block: nn.Module, *args: Any) -> Any:
+    return block(*args)
+
+
 class LatentGPT(nn.Module):
     """The transformer.
 
@@ -124,6 +128,8 @@ class LatentGPT(nn.Module):
     def __init__(self, config: LatentGPTConfig) -> None:
         super().__init__()
         self.config = config
+        # (index, block, arguments) -> output; engine/blocks.py puts checkpointing here.
+        self.call_block: Callable[..., Any] = _plain_call
         text_width = config.text_width or config.hidden
         self.token_embedding = nn.Embedding(config.codebook_size, config.hidden)
         self.start_embedding = nn.Embedding(1, config.hidden)
@@ -177,8 +183,8 @@ class LatentGPT(nn.Module):
         x_BLD = self.dropout(x_BLD)
         context, context_mask = self._context(batch, text, text_mask, null_text, x_BLD)
         kernel = self._kernel(x_BLD)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, rotation, context, context_mask, kernel)
+        for index, block in enumerate(self.blocks):
+            x_BLD = self.call_block(index, block, x_BLD, rotation, context, context_mask, kernel)
         return self.head(self.final_norm(x_BLD), targets)
 
     def _corrupted(self, tokens: Tensor) -> Tensor:

@@ -71,6 +71,15 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
         add(text_only, "conditioning", "in a run with conditioning: unconditional")
     elif run.latent_cache is None:
         add("text.cache_dtype", "latent_cache", "without a latent_cache")
+    if run.blocks.checkpointing != "every_n":
+        name = run.blocks.checkpointing
+        add("blocks.every", "blocks.checkpointing", f"with blocks.checkpointing: {name}")
+    if run.blocks.checkpointing == "none":
+        add(
+            "blocks.checkpointed_by",
+            "blocks.checkpointing",
+            "with blocks.checkpointing: none",
+        )
     if run.vqvae.source != "pretrained_taming":
         add("vqvae.ddconfig", "vqvae.source", f"with vqvae.source: {run.vqvae.source}")
     if run.vqvae.source == "custom":
@@ -91,6 +100,7 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     problems += _true_captions(run, at)
     problems += _vqvae_source(run, at)
     problems += _transformer(run, at)
+    problems += _blocks(run, at)
     problems += _sampling(run, at)
     return problems
 
@@ -316,6 +326,18 @@ def _transformer(run: TransformerRun, at: At) -> list[Problem]:
         )
         problems.append(_problem(text, "transformer.attention", "training.precision"))
     return problems
+
+
+def _blocks(run: TransformerRun, at: At) -> list[Problem]:
+    blocks = run.blocks
+    if blocks.checkpointing != "selective" or blocks.checkpointed_by == "torch":
+        return []
+    text = (
+        f"{at('blocks.checkpointed_by')} computes all again that it is given, but "
+        f"{at('blocks.checkpointing')}; set checkpointed_by to torch, or checkpointing to full or "
+        "every_n."
+    )
+    return [_problem(text, "blocks.checkpointed_by", "blocks.checkpointing")]
 
 
 def _sampling(run: TransformerRun, at: At) -> list[Problem]:

@@ -86,7 +86,8 @@ def _off(why: str) -> Key:
 
 _ADAMW = "lgpt hands DeepSpeed a torch AdamW, and this needs DeepSpeedCPUAdam; remove it."
 _NO_REENTRY = (
-    "no model of lgpt calls deepspeed.checkpointing, so nothing would be recomputed; remove it."
+    "lgpt does not hand it on to deepspeed.checkpointing; remove it. What is computed again is "
+    "said by blocks.checkpointing in the run config."
 )
 _REMOVED = "removed from DeepSpeed (0.19.8 refuses it); remove it."
 _REMOVED_ZERO_KEYS = ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")

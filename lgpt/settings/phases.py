@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Optional, Union
 
 from pydantic import Field
 
+from lgpt.settings.blocks import BlockSettings
 from lgpt.settings.data import DataSettings
 from lgpt.settings.discriminator import DiscriminatorSettings
 from lgpt.settings.section import FolderOrFile, NameOrPath, Section, Seed
@@ -69,6 +70,7 @@ class _TransformerPhase(_PhaseBase):
         description="folder written by `lgpt prepare`; without it images are encoded on the fly",
     )
     transformer: TransformerSettings = TransformerSettings()
+    blocks: BlockSettings = BlockSettings()
     sampling: SamplingSettings = SamplingSettings()
 
 

@@ -15,6 +15,7 @@ from lgpt.core.files import sha256_of_json
 from lgpt.data.image_batches import ImageBatches
 from lgpt.data.latent_cache import LatentCache
 from lgpt.data.transforms import to_pil
+from lgpt.engine.blocks import apply_block_settings
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import gather_to_rank_zero, mean_over_ranks
 from lgpt.models.attention import choose_kernel
@@ -78,6 +79,7 @@ class TransformerTask:
         # Only to refuse a flash kernel that is asked for and not there before anything is built.
         choose_kernel(run.transformer.attention, device.type, dtype, self.model_config.head_width)
         self.model = LatentGPT(self.model_config)
+        apply_block_settings(self.model, run.blocks)
         self.latents = TrainingLatents(self.train_source, run.seed, run.transformer.cond_drop)
         captions = [val_set.captions(i)[0] for i in range(min(run.sampling.images, len(val_set)))]
         self.prompts = list(run.sampling.prompts or captions)[: run.sampling.images]

@@ -1,0 +1,92 @@
+"""Activation checkpointing and torch.compile for the blocks of a model.
+
+Both work through the module's own call, so that DeepSpeed's hooks gather a block under ZeRO-3
+before it is computed, and again before it is recomputed.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from typing import Any, Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from lgpt.core.errors import SettingsError
+from lgpt.core.logging import get_logger
+from lgpt.engine.start import Float32Products, load_deepspeed
+from lgpt.models.latent_gpt import LatentGPT
+from lgpt.settings.blocks import BlockSettings
+
+_log = get_logger(__name__)
+
+# Kept by `selective`: what is dear to compute. Norms, rotations, gates and copies are made again.
+_KEPT = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+
+
+def apply_block_settings(model: LatentGPT, settings: BlockSettings) -> None:
+    """Set how `model` runs its blocks from now on; call it before the engine is built.
+
+    Raises:
+        SettingsError: blocks.compile cannot work here.
+    """
+    if settings.compile:
+        _compile(model)
+    if settings.checkpointing == "none":
+        return
+    run_checkpointed = _checkpointed_call(settings)
+    step = settings.every if settings.checkpointing == "every_n" else 1
+
+    def call(index: int, block: nn.Module, *args: Any) -> Any:
+        # Nothing is kept without gradients, so there is nothing to make again.
+        if index % step == 0 and torch.is_grad_enabled():
+            return run_checkpointed(block, *args)
+        return block(*args)
+
+    model.call_block = call
+
+
+def _checkpointed_call(settings: BlockSettings) -> Callable[..., Any]:
+    if settings.checkpointed_by == "deepspeed":
+        return load_deepspeed().checkpointing.checkpoint  # type: ignore[no-any-return]
+    if settings.checkpointing != "selective":
+        return functools.partial(checkpoint, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _compile(model: LatentGPT) -> None:
+    """Compile each block's computation, not its call: DeepSpeed's hooks stay outside."""
+    if Float32Products.is_on:
+        raise SettingsError(
+            "blocks.compile does not go with this CPU, which multiplies bf16 so slowly that lgpt "
+            "computes products in float32; set blocks.compile=false or training.precision=fp32."
+        )
+    if not torch.cuda.is_available() and shutil.which("g++") is None:
+        raise SettingsError(
+            "blocks.compile needs g++ on a CPU, and there is none on the PATH; install it or set "
+            "blocks.compile=false."
+        )
+    for block in model.blocks:
+        block.all_positions = torch.compile(block.all_positions)
+    _log.info("blocks are compiled at the first step: that one takes a while")

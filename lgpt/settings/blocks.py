@@ -1,0 +1,26 @@
+"""How the transformer's blocks are run in training: what is kept, what is compiled."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lgpt.settings.section import Section
+
+
+class BlockSettings(Section):
+    """None of these changes a gradient; they trade time for memory, or a start for faster steps."""
+
+    checkpointing: Literal["none", "full", "every_n", "selective"] = Field(
+        "none",
+        description="activations computed again in the backward pass instead of being kept: of "
+        "every block, of every n-th block, or all but the outputs of products and attention",
+    )
+    every: int = Field(2, ge=2, description="n of every_n")
+    checkpointed_by: Literal["torch", "deepspeed"] = Field(
+        "torch", description="whose function does it; only torch's can be selective"
+    )
+    compile: bool = Field(
+        False, description="torch.compile; needs a C++ compiler on CPUs, minutes at the start"
+    )

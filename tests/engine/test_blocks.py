@@ -1,0 +1,87 @@
+"""Checkpointed blocks: the same gradients, alone and under ZeRO, and less that is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from lgpt.engine.blocks import apply_block_settings
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.settings.blocks import BlockSettings
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+import tiny
+
+CONFIG = LatentGPTConfig(32, 4, 4, 8, layers=4, hidden=32, heads=2, dropout=0.2, zero_head=False)
+MODES: list[dict[str, Any]] = [
+    {"checkpointing": "full"},
+    {"checkpointing": "full", "checkpointed_by": "deepspeed"},
+    {"checkpointing": "every_n", "every": 2},
+    {"checkpointing": "every_n", "every": 2, "checkpointed_by": "deepspeed"},
+    {"checkpointing": "selective"},
+]
+
+
+def gradients(mode: dict[str, Any]) -> tuple[list[torch.Tensor], int]:
+    """Of all parameters, and the bytes that the forward pass kept for the backward pass."""
+    torch.manual_seed(0)
+    model = LatentGPT(CONFIG).train()
+    apply_block_settings(model, BlockSettings(**mode))
+    tokens, text = torch.randint(32, (2, 16)), torch.randn(2, 3, 8)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(tokens, text, targets=tokens, null_text=torch.tensor([True, False]))
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_gradients_are_those_without_checkpointing(mode: dict[str, Any]) -> None:
+    expected, kept_without = gradients({})
+    found, kept = gradients(mode)
+    assert len(found) == len(expected)
+    for mine, reference in zip(found, expected):
+        torch.testing.assert_close(mine, reference)
+    if "deepspeed" not in mode.values():  # DeepSpeed keeps what these hooks do not see
+        assert kept < kept_without
+
+
+def test_every_second_block_keeps_more_than_none_of_them() -> None:
+    assert gradients(MODES[0])[1] < gradients(MODES[2])[1]
+
+
+@pytest.mark.slow
+def test_losses_and_gradient_norms_under_zero_are_those_without(tmp_path: Path) -> None:
+    out, worker = tmp_path / "seen.json", Path(__file__).with_name("blocks_worker.py")
+    texts = [json.dumps(mode) for mode in ({}, *MODES)]
+    done = subprocess.run(
+        [*tiny.launcher(), str(worker), str(out), *texts],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    seen = json.loads(out.read_text())
+    for stage in (2, 3):
+        expected = np.array(seen[f"{stage} {{}}"])
+        assert np.ptp(expected[:, 0]) > 0.01, "nothing moved"
+        for text in texts[1:]:
+            np.testing.assert_allclose(seen[f"{stage} {text}"], expected, rtol=1e-5)
