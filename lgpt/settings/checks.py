@@ -16,6 +16,7 @@ from lgpt.settings.vqvae import VqvaeSettings, VqvaeSourceSettings
 Problem = tuple[Sequence[KeyPath], str]
 _DALLE_MINI = VqvaeSourceSettings.model_fields["checkpoint"].default
 
+_LEAST_SIDE_FOR_VGG16 = 16
 _SQUARE = ("shapes", "openmoji")
 
 
@@ -61,6 +62,9 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
             add("loss.codebook_weight", "vqvae.codebook_update", "with codebook_update: ema")
         if run.loss.entropy_weight == 0:
             add("loss.entropy_temperature", "loss.entropy_weight", "with loss.entropy_weight: 0")
+        if run.loss.perceptual == "none":
+            lpips_only = "loss.perceptual_weight loss.vgg16_weights loss.lpips_weights"
+            add(lpips_only, "loss.perceptual", "with loss.perceptual: none")
         if run.loss.adversarial == "none":
             add(
                 "discriminator", "loss.adversarial", "with loss.adversarial: none (only with hinge)"
@@ -95,6 +99,7 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     problems += _retention(run, at)
     if isinstance(run, Phase2):
         problems += _vqvae(run.vqvae, run.data, at)
+        problems += _perceptual(run, at)
         problems += _discriminator(run, at)
         return problems
     problems += _true_captions(run, at)
@@ -237,6 +242,17 @@ def _vqvae(vqvae: VqvaeSettings, data: DataSettings, at: At) -> list[Problem]:
         text = f"{at('vqvae.ch_mult')} must hold whole numbers of at least 1."
         problems.append(_problem(text, "vqvae.ch_mult"))
     return problems
+
+
+def _perceptual(run: Phase2, at: At) -> list[Problem]:
+    if run.loss.perceptual == "none" or run.data.resolution >= _LEAST_SIDE_FOR_VGG16:
+        return []
+    names = ("loss.perceptual", "data.resolution")
+    text = (
+        f"{at(names[0])} halves pictures four times, {at(names[1])} is too small for it; take "
+        f"{_LEAST_SIDE_FOR_VGG16} or more, or perceptual: none."
+    )
+    return [_problem(text, *names)]
 
 
 def _discriminator(run: Phase2, at: At) -> list[Problem]:

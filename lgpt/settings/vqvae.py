@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 from pydantic import Field
 
-from lgpt.settings.section import NameOrPath, Section
+from lgpt.settings.section import FolderOrFile, NameOrPath, Section
 
 
 class VqvaeSettings(Section):
@@ -51,6 +51,18 @@ class VqvaeLossSettings(Section):
         0.0, ge=0, description="pulls latents to one code each and all codes into use; IBQ: 0.05"
     )
     entropy_temperature: float = Field(0.01, gt=0, description="of its soft choice of codes")
+    perceptual: Literal["none", "lpips"] = Field(
+        "none", description="lpips: how different pictures look to VGG16, beside the pixels"
+    )
+    perceptual_weight: float = Field(1.0, gt=0)
+    vgg16_weights: Optional[FolderOrFile] = Field(
+        None, description="vgg16-397923af.pth; default: torchvision's cache; never downloaded"
+    )
+    lpips_weights: Optional[FolderOrFile] = Field(
+        None,
+        description="LPIPS's vgg.pth; default: beside the VGG16, or in the packages lpips or "
+        "torchmetrics",
+    )
     adversarial: Literal["none", "hinge"] = Field(
         "none", description="hinge: a PatchGAN learns beside it, see `discriminator`"
     )

@@ -16,6 +16,7 @@ from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
 from lgpt.evaluation.picture_metrics import code_perplexity, code_usage, psnr_decibels
+from lgpt.models.perceptual import Lpips, load_lpips
 from lgpt.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from lgpt.sampling.pipeline import picture_grid
 from lgpt.settings.phases import Phase2
@@ -48,11 +49,18 @@ class VqvaeTask:
             self.model_config,
             entropy_temperature=run.loss.entropy_temperature if run.loss.entropy_weight else None,
         )
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())  # ZeRO-3 empties them
         self.engine: Any = None
+        self.perceptual: Optional[Lpips] = None
+        if run.loss.perceptual != "none":
+            dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
+            lpips = load_lpips(run.loss.vgg16_weights, run.loss.lpips_weights)
+            self.perceptual = lpips.to(device, dtype)
+            self.finite_losses += ("perceptual_loss",)
         self.adversary: Optional[Adversary] = None
         if run.loss.adversarial != "none":
             self.adversary = Adversary(run.discriminator, self.model)
-            self.finite_losses = (self.main_loss, *Adversary.finite_losses)
+            self.finite_losses += Adversary.finite_losses
 
     def _images(self, split: str) -> ImageBatches:
         data = self.run.data
@@ -77,7 +85,7 @@ class VqvaeTask:
         return {
             "codebook_size": self.run.vqvae.codebook_size,
             "downsample_factor": self.run.vqvae.downsample_factor,
-            "vqvae_params": sum(p.numel() for p in self.model.parameters()),
+            "vqvae_params": self.num_parameters,
         }
 
     def content(self) -> dict[str, Optional[str]]:
@@ -129,6 +137,18 @@ class VqvaeTask:
         self, images: torch.Tensor, output: VQVAEOutput, step: int
     ) -> dict[str, torch.Tensor]:
         """Backward and step of the VQ-VAE, then of the discriminator; losses for the log."""
+        loss, seen, parts = self._vqvae_loss(images, output, step)
+        self.engine.backward(loss)
+        learning_rate = self.engine.optimizer.param_groups[0]["lr"]
+        self.engine.step()
+        if self.adversary is not None and self.adversary.learns_at(step):
+            parts.update(self.adversary.learn(images, seen.detach(), learning_rate))
+        return {name: part.detach().float() for name, part in parts.items()}
+
+    def _vqvae_loss(
+        self, images: torch.Tensor, output: VQVAEOutput, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """What the VQ-VAE goes backward from, the reconstruction, and losses for the log."""
         loss, adversary = self.run.loss, self.adversary
         seen = output.reconstruction
         if adversary is not None:
@@ -137,20 +157,18 @@ class VqvaeTask:
         codebook, commitment = output.codebook_loss, output.commitment_loss
         latent_loss = loss.codebook_weight * codebook + loss.commitment_weight * commitment
         parts = {"recon_loss": recon, "codebook_loss": codebook, "commitment_loss": commitment}
+        picture_loss = recon
+        if self.perceptual is not None:
+            parts["perceptual_loss"] = self.perceptual(seen, images).mean()
+            picture_loss = recon + loss.perceptual_weight * parts["perceptual_loss"]
         if loss.entropy_weight:
             latent_loss = latent_loss + loss.entropy_weight * output.entropy_loss
             parts["entropy_loss"] = output.entropy_loss
         if adversary is None:
-            self.engine.backward(recon + latent_loss)
-        else:
-            gradient, balance = adversary.picture_gradient(recon, seen, step)
-            parts.update(balance)
-            self.engine.backward((output.reconstruction.float() * gradient).sum() + latent_loss)
-        learning_rate = self.engine.optimizer.param_groups[0]["lr"]
-        self.engine.step()
-        if adversary is not None and adversary.learns_at(step):
-            parts.update(adversary.learn(images, seen.detach(), learning_rate))
-        return {name: part.detach().float() for name, part in parts.items()}
+            return picture_loss + latent_loss, seen, parts
+        gradient, balance = adversary.picture_gradient(picture_loss, seen, step)
+        parts.update(balance)
+        return (output.reconstruction.float() * gradient).sum() + latent_loss, seen, parts
 
     def _training_images(self, places: np.ndarray) -> torch.Tensor:
         images = self._to_device(self.train_images.items(*self._items_and_crops(places)))

@@ -278,6 +278,7 @@ def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
         (VQVAE, ["vqvae.revive_dead_codes=false"]),
         (VQVAE, ["vqvae.codebook_update=ema", "loss.codebook_weight=2"]),
         (VQVAE, ["loss.adversarial=none", "discriminator.layers=2"]),
+        (VQVAE, ["loss.perceptual=none", "loss.vgg16_weights=a"]),
         (TRANSFORMER, ["conditioning=unconditional", "text.encoder=a"]),
         (TRANSFORMER, ["conditioning=unconditional", "transformer.cond_drop=0.2"]),
         (TRANSFORMER, ["conditioning=unconditional", "sampling.guidance=2"]),
@@ -306,6 +307,13 @@ def test_a_setting_without_effect_is_an_error(base, overrides, tmp_path):
 def test_a_discriminator_that_cannot_work_is_refused(overrides, text, tmp_path):
     (problem,) = problems_of(VQVAE, tmp_path, "loss.adversarial=hinge", *overrides)
     assert re.search(text, problem), problem
+
+
+def test_pictures_too_small_for_lpips_are_refused(tmp_path):
+    small = ["data.resolution=8", "vqvae.resolution=8", "vqvae.ch_mult=[1]"]
+    small += ["vqvae.attn_resolutions=[]", "loss.perceptual=lpips"]
+    (problem,) = problems_of(VQVAE, tmp_path, *small)
+    assert re.search(r"perceptual = .*lpips.*resolution = 8 .*16 or more", problem), problem
 
 
 def test_problems_of_broken_values_do_not_repeat_as_contradictions(tmp_path):
