@@ -15,6 +15,7 @@ import typer
 
 from lgpt.cli_bench import bench_app
 from lgpt.cli_checkpoint import checkpoint_app
+from lgpt.cli_models import convert
 from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_run, load_transformer_run, print_table
 from lgpt.core.distributed import rank, world_size
 from lgpt.core.errors import LgptError, SettingsError
@@ -118,17 +119,7 @@ def prepare(
         print(json.dumps({"caches": reports}))
 
 
-@app.command()
-def convert(
-    run: Path = typer.Argument(..., help="a run folder, or one of its checkpoints/step_<n>"),
-    out: Path = typer.Argument(..., help="the model folder to write"),
-    dtype: str = typer.Option("fp32", help="fp32 or bf16"),
-    overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
-) -> None:
-    """Turn a ZeRO checkpoint into a model folder: safetensors, config, model card."""
-    from lgpt.checkpoint.export import convert_run
-
-    convert_run(run, out, dtype=dtype, overwrite=overwrite)
+app.command()(convert)
 
 
 @app.command()

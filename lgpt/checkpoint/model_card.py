@@ -19,7 +19,7 @@ class Export:
 
     Attributes:
         folder: The model folder.
-        kind: What config.json describes: latent_gpt or vqvae.
+        kind: What config.json describes: latent_gpt or vqvae; `weights` where there is none.
         step: Optimizer steps of the checkpoint.
         num_parameters: Counted on the model.
         dtype: fp32 or bf16.
@@ -54,9 +54,24 @@ def model_card(
         f"- run: `{run.name}`, phase {run.phase}, seed {run.seed}; checkpoint `{checkpoint}`",
         f"- made by: lgpt {__version__}" + (f", commit {commit}" if commit else ""),
     ]
-    checksums = [f"    {digest}  {name}" for name, digest in sorted(export.files.items())]
-    parts = [f"# {run.name}: {title}", *body, "\n".join(facts), "## sha256", "\n".join(checksums)]
+    parts = [f"# {run.name}: {title}", *body, "\n".join(facts), "## sha256", _checksums(export)]
     return "\n\n".join(parts) + "\n"
+
+
+def weights_card(export: Export, checkpoint: str, stage: int, ranks: int) -> str:
+    """Markdown for weights of a checkpoint that tells nothing of the model around them."""
+    facts = [
+        f"- parameters: {export.num_parameters:,}, stored as {export.dtype}",
+        f"- from: DeepSpeed checkpoint `{checkpoint}` of step {export.step:,}, ZeRO-{stage}, "
+        f"{ranks} rank(s)",
+        f"- made by: lgpt {__version__}",
+    ]
+    use = (
+        "    from safetensors.torch import load_file\n\n"
+        '    weights = load_file("model.safetensors")    # or each file that the index names'
+    )
+    parts = [f"# Weights of {checkpoint}", "\n".join(facts), use]
+    return "\n\n".join([*parts, "## sha256", _checksums(export)]) + "\n"
 
 
 def source_commit() -> Optional[str]:
@@ -67,6 +82,10 @@ def source_commit() -> Optional[str]:
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
+
+
+def _checksums(export: Export) -> str:
+    return "\n".join(f"    {digest}  {name}" for name, digest in sorted(export.files.items()))
 
 
 def _vqvae(described: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -25,6 +25,7 @@ from lgpt.models.model_folder import (
     check_fields,
     read_model_config,
     read_weights,
+    write_model_config,
     write_model_folder,
 )
 from lgpt.models.strict_loading import load_strictly
@@ -295,6 +296,10 @@ class LatentGPT(nn.Module):
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write `config.json` and `model.safetensors`."""
         write_model_folder(folder, self, _MODEL_TYPE, self.config.to_dict())
+
+    def save_config(self, folder: Path) -> None:
+        """Write `config.json` alone: the weights come from elsewhere."""
+        write_model_config(folder, _MODEL_TYPE, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: Union[str, Path]) -> LatentGPT:

@@ -1,4 +1,4 @@
-"""Model folders: `config.json` with its `model_type`, and `model.safetensors`."""
+"""Model folders: `config.json` with its `model_type`, and safetensors, whole or in pieces."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Union
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import refuse_lfs_pointer, write_json_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def write_model_folder(
@@ -27,8 +28,14 @@ def write_model_folder(
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
+    (target / INDEX_FILE).unlink(missing_ok=True)  # of weights in pieces that were there before
     save_file(state, target / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json_atomically(target / CONFIG_FILE, {"model_type": model_type, **config})
+    write_model_config(target, model_type, config)
+
+
+def write_model_config(folder: Path, model_type: str, config: dict[str, Any]) -> None:
+    """Write `config.json` alone."""
+    write_json_atomically(folder / CONFIG_FILE, {"model_type": model_type, **config})
 
 
 def read_model_config(
@@ -44,7 +51,8 @@ def read_model_config(
     Raises:
         CheckpointError: A file is missing or damaged, or the config describes something else.
     """
-    require_files(folder, (CONFIG_FILE, WEIGHTS_FILE), folder_kind, f". {maker}")
+    weights = INDEX_FILE if (Path(folder) / INDEX_FILE).is_file() else WEIGHTS_FILE
+    require_files(folder, (CONFIG_FILE, weights), folder_kind, f". {maker}")
     path = Path(folder) / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -72,17 +80,45 @@ def require_files(
 def read_weights(folder: Union[str, Path]) -> tuple[dict[str, Tensor], str]:
     """The tensors on the CPU, and the file's name for messages.
 
+    Weights in pieces are found by their index. A name that the header's metadata maps to another
+    one (tied weights, stored once) is the same tensor.
+
     Raises:
-        CheckpointError: The file is damaged.
+        CheckpointError: A file is missing or damaged, or not what the index says.
     """
     path = Path(folder) / WEIGHTS_FILE
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    files = _weight_files(Path(folder))
+    for name in files:
+        path = Path(folder) / name
+        try:
+            refuse_lfs_pointer(path)
+            with safe_open(path, "pt") as stored:
+                state.update({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+                aliases.update(stored.metadata() or {})
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: {error}. Copy it again, or write the model folder again."
+            ) from error
+    for alias, name in aliases.items():
+        if name in state and alias not in state:
+            state[alias] = state[name]
+    return state, str(path if len(files) == 1 else Path(folder) / INDEX_FILE)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files; CheckpointError for an index that names files elsewhere."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return [WEIGHTS_FILE]
     try:
-        refuse_lfs_pointer(path)
-        return load_file(path), str(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}. Copy it again, or write the model folder again."
-        ) from error
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in files):
+            raise ValueError(f"it names files elsewhere: {files[0]}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of weights: {error}.") from error
+    return files
 
 
 def check_fields(

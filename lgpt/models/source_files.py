@@ -26,7 +26,8 @@ def guess_source(checkpoint: str) -> tuple[str, str]:
     if path.is_dir():
         if (path / FLAX_WEIGHTS).is_file():
             return "pretrained_hf", f"it holds {FLAX_WEIGHTS}"
-        for name in ("model.safetensors", "model/model.safetensors"):
+        weights = ("model.safetensors", "model.safetensors.index.json")
+        for name in (*weights, *(f"model/{name}" for name in weights)):
             if (path / name).is_file():
                 return "custom", f"it holds {name}"
         found = [*_checkpoints_in(path), *sorted(path.glob("*.pt"))]

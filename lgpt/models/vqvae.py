@@ -19,7 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lgpt.models.loading_report import LoadingReport
-from lgpt.models.model_folder import read_model_config, read_weights, write_model_folder
+from lgpt.models.model_folder import (
+    read_model_config,
+    read_weights,
+    write_model_config,
+    write_model_folder,
+)
 from lgpt.models.quantizer import VectorQuantizer
 from lgpt.models.strict_loading import check_strictly, load_strictly
 from lgpt.models.vqvae_blocks import AttnBlock, Decoder, Encoder, ResnetBlock
@@ -157,6 +162,10 @@ class VQVAE(nn.Module):
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write `config.json` and `model.safetensors`; moving averages are kept."""
         write_model_folder(folder, self, _MODEL_TYPE, self.config.to_dict())
+
+    def save_config(self, folder: Path) -> None:
+        """Write `config.json` alone: the weights come from elsewhere."""
+        write_model_config(folder, _MODEL_TYPE, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: Union[str, Path]) -> VQVAE:

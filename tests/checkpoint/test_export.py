@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,56 @@ def test_a_text_encoder_from_the_hub_is_named_and_not_copied(phase3, tmp_path):
     assert pipeline["text_encoder_digest"] == "0123"
     assert not (tmp_path / "model" / "text_encoder").exists()
     assert "RANDOM" not in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_tag_names_one_checkpoint_of_a_run(phase3, tmp_path):
+    assert convert_run(phase3, tmp_path / "a", tag="7").step == 7
+    assert convert_run(phase3 / "checkpoints", tmp_path / "b", tag="latest").step == 7
+    with pytest.raises(CheckpointError, match=r"no checkpoint '8'; there are step_7"):
+        convert_run(phase3, tmp_path / "c", tag="8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_model_in_several_files_opens_like_one_in_a_single_file(phase3, tmp_path):
+    whole = convert_run(phase3, tmp_path / "whole").folder
+    pieces = convert_run(phase3, tmp_path / "pieces", max_shard_bytes=4000).folder
+    assert len(list(pieces.glob("model-0*-of-0*.safetensors"))) > 2
+    assert not (pieces / "model.safetensors").exists()
+    one = LatentGPT.from_pretrained(whole).state_dict()
+    other = LatentGPT.from_pretrained(pieces).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    next(pieces.glob("model-00002-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-\d+\.safetensors is damaged"):
+        LatentGPT.from_pretrained(pieces)
+    index = pieces / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"head.weight": "../whole/model.safetensors"}}))
+    with pytest.raises(CheckpointError, match="no index of weights: it names files elsewhere"):
+        LatentGPT.from_pretrained(pieces)
+
+
+def test_a_disk_that_is_full_or_gets_full_leaves_the_earlier_export(phase3, tmp_path, monkeypatch):
+    out = convert_run(phase3, tmp_path / "model").folder
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def convert() -> None:
+        convert_run(phase3, out, overwrite=True, dtype="bf16")
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(CheckpointError, match=r"was not written \(.*No space left on device"):
+            convert()
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=999))
+        with pytest.raises(CheckpointError, match=r"weights need [\d,]+ bytes, .* has 999 free"):
+            convert()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_damaged_checkpoint_is_not_converted(phase3, tmp_path):

@@ -1,0 +1,262 @@
+"""ZeRO shards as whole float32 tensors, read one rank after the other.
+
+How DeepSpeed (0.18 to 0.19.8) cuts the float32 masters of R ranks:
+- ZeRO-1 and 2: a parameter group is one flat vector, its parameters one after the other (and
+  padding); rank r holds the r-th of R equal pieces of it.
+- ZeRO-3: every parameter is padded to a multiple of R and cut into R pieces; rank r holds the r-th
+  piece of every parameter, one after the other, over the flat vectors of all groups.
+Buffers, frozen parameters and the names of shared parameters stand in the model_states files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgpt.checkpoint.deepspeed_files import files_by_rank, read_safely
+from lgpt.checkpoint.weight_source import Piece, TensorInfo
+from lgpt.core.errors import CheckpointError
+
+
+class _Cut(NamedTuple):
+    """Elements `start` to `start + length` of a tensor lie in a rank's vector from `place` on."""
+
+    name: str
+    start: int
+    vector: int
+    place: int
+    length: int
+
+
+class ZeroShards:
+    """The float32 masters, frozen parameters and buffers of one engine of a checkpoint.
+
+    A `WeightSource`. Floating point comes as float32, integers as they are.
+
+    Args:
+        folder: The engine's folder (DeepSpeed's tag), with its `*_optim_states.pt`.
+
+    Raises:
+        CheckpointError: A file is missing, unreadable or holds code, or names and sizes do not add
+            up.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._optimizer_files, self.stage, self._sizes, paddings = _read_headers(folder)
+            self._models = _read_models(folder, self.stage, len(self._optimizer_files))
+            self._groups: list[dict[str, tuple[int, ...]]] = [
+                {name: tuple(shape) for name, shape in group.items()}
+                for group in self._models[0]["param_shapes"]
+            ]
+            self._paddings = paddings or [[0] * len(group) for group in self._groups]
+            self._check_sizes()
+            self._buffers = _buffers(self._models[0])
+            self._frozen = self._frozen_parameters()
+            self._describe()
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise CheckpointError(
+                f"The files in {folder} are not laid out as DeepSpeed's "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks saved it."""
+        return len(self._sizes)
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps that DeepSpeed counted."""
+        return int(self._models[0].get("global_steps", 0))
+
+    @property
+    def deepspeed_version(self) -> str:
+        """The version that saved it."""
+        return str(self._models[0].get("ds_version", "unknown"))
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in parameters: each stored tensor that is no buffer."""
+        return sum(t.elements for name, t in self.tensors.items() if name not in self._buffers)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Buffers and frozen parameters, then what each rank holds of every parameter."""
+        for name, buffer in self._buffers.items():
+            values = buffer.float() if buffer.is_floating_point() else buffer
+            yield Piece(name, 0, values.reshape(-1))
+        for name, (shape, fragments) in self._frozen.items():
+            start, whole = 0, math.prod(shape)
+            for fragment in fragments:
+                flat = fragment.reshape(-1)[: whole - start]
+                yield Piece(name, start, flat.float())
+                start += flat.numel()
+        for rank, path in enumerate(self._optimizer_files):
+            # Opened again, and closed after its turn: what was read of it leaves the memory.
+            vectors = read_safely(path)["optimizer_state_dict"][_vectors_key(self.stage)]
+            for cut in self._cuts(rank):
+                values = vectors[cut.vector].detach()[cut.place : cut.place + cut.length]
+                yield Piece(cut.name, cut.start, values.float())
+            del vectors
+
+    def _describe(self) -> None:
+        """`names`, `tensors` and `aliases`, in the module's order."""
+        first = self._models[0]
+        self.names = list(first["module"])
+        stored = {
+            name: TensorInfo(
+                tuple(buffer.shape), torch.float32 if buffer.is_floating_point() else buffer.dtype
+            )
+            for name, buffer in self._buffers.items()
+        }
+        stored.update({n: TensorInfo(s, torch.float32) for n, (s, _) in self._frozen.items()})
+        for group in self._groups:
+            stored.update({name: TensorInfo(shape, torch.float32) for name, shape in group.items()})
+        self.aliases = {a: o for a, o in first["shared_params"].items() if o in stored}
+        for alias in self.aliases:
+            stored.pop(alias, None)
+        there = stored.keys() | self.aliases.keys()
+        missing, extra = sorted(set(self.names) - there), sorted(there - set(self.names))
+        if missing or extra:
+            raise CheckpointError(
+                f"The shards in {self.folder} do not make up the model: missing {missing}, extra "
+                f"{extra}."
+            )
+        self.tensors = {name: stored[name] for name in self.names if name in stored}
+
+    def _check_sizes(self) -> None:
+        ranks = len(self._sizes)
+        if self.stage == 3:
+            needed = sum(
+                math.ceil(math.prod(shape) / ranks)
+                for group in self._groups
+                for shape in group.values()
+            )
+            for rank, sizes in enumerate(self._sizes):
+                if sum(sizes) != needed:
+                    raise CheckpointError(
+                        f"The shard of rank {rank} in {self.folder} holds {sum(sizes)} elements, "
+                        f"its parameters need {needed}."
+                    )
+            return
+        for index, (group, paddings) in enumerate(zip(self._groups, self._paddings)):
+            needed = sum(math.prod(shape) for shape in group.values()) + sum(paddings)
+            # DeepSpeed pads a group to a multiple of 2 x ranks elements.
+            left = sum(sizes[index] for sizes in self._sizes) - needed
+            if not 0 <= left < 2 * ranks:
+                raise CheckpointError(
+                    f"Parameter group {index} in {self.folder} has {left} elements more than its "
+                    "parameters need."
+                )
+
+    def _cuts(self, rank: int) -> Iterator[_Cut]:
+        return self._cuts_of_parameters(rank) if self.stage == 3 else self._cuts_of_groups(rank)
+
+    def _cuts_of_groups(self, rank: int) -> Iterator[_Cut]:
+        """ZeRO-1 and 2: a parameter is a stretch of its group's vector, which spans the ranks."""
+        for index, (group, paddings) in enumerate(zip(self._groups, self._paddings)):
+            first = sum(sizes[index] for sizes in self._sizes[:rank])
+            last = first + self._sizes[rank][index]
+            offset = 0
+            for (name, shape), padding in zip(group.items(), paddings):
+                end = offset + math.prod(shape)
+                start, stop = max(offset, first), min(end, last)
+                if start < stop:
+                    yield _Cut(name, start - offset, index, start - first, stop - start)
+                offset = end + padding
+
+    def _cuts_of_parameters(self, rank: int) -> Iterator[_Cut]:
+        """ZeRO-3: each parameter is one stretch of every rank's vectors, taken as one."""
+        ranks, offset = len(self._sizes), 0
+        for name, shape in (item for group in self._groups for item in group.items()):
+            whole = math.prod(shape)
+            length = math.ceil(whole / ranks)
+            start = rank * length
+            stop = min(start + length, whole)
+            place = 0
+            for vector, size in enumerate(self._sizes[rank]):
+                first = max(offset, place)
+                last = min(offset + max(stop - start, 0), place + size)
+                if first < last:
+                    yield _Cut(name, start + first - offset, vector, first - place, last - first)
+                place += size
+            offset += length
+
+    def _frozen_parameters(self) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+        """Shape and fragments by name, the fragments in rank order."""
+        first = self._models[0]
+        if self.stage == 3:
+            shapes = first.get("frozen_param_shapes") or {}
+            return {
+                name: (tuple(shape), [m["frozen_param_fragments"][name] for m in self._models])
+                for name, shape in shapes.items()
+            }
+        # ZeRO-1 and 2 keep the whole module: what the optimizer does not own is taken from there.
+        owned = {name for group in self._groups for name in group}
+        owned |= set(first["shared_params"]) | set(first["buffer_names"])
+        module = first["module"]
+        return {n: (tuple(module[n].shape), [module[n]]) for n in module if n not in owned}
+
+
+def _read_headers(folder: Path) -> tuple[list[Path], int, list[list[int]], Sequence[Any]]:
+    """The optimizer shards, the stage, each rank's vector sizes, and ZeRO-1 and 2's paddings."""
+    files = files_by_rank(folder, "optim")
+    if not files:
+        raise CheckpointError(
+            f"{folder} holds no ZeRO shards (*_optim_states.pt); give a step folder of a run that "
+            "was trained with ZeRO stage 1, 2 or 3."
+        )
+    sizes: list[list[int]] = []
+    stage, expected, paddings = 0, 0, []
+    for path in files:
+        state = read_safely(path).get("optimizer_state_dict", {})
+        if "zero_stage" not in state or "partition_count" not in state:
+            # DeepSpeed's BF16_Optimizer, which stage 1 in bf16 trains with, keeps neither.
+            raise CheckpointError(
+                f"{folder} was not saved by ZeRO stage 1 in fp32, 2 or 3 (its shards name no "
+                "zero_stage), and only those can be converted; train with stage 2, such as "
+                "deepspeed=zero2_bf16."
+            )
+        if not sizes:
+            stage, partitions = int(state["zero_stage"]), state["partition_count"]
+            expected = max(partitions) if isinstance(partitions, list) else int(partitions)
+            paddings = state.get("param_alignment_paddings") or []
+        if _vectors_key(stage) not in state:
+            raise CheckpointError(
+                f"{path} is without float32 weights ({_vectors_key(stage)}), which stage {stage} "
+                "keeps there."
+            )
+        sizes.append([vector.numel() for vector in state[_vectors_key(stage)]])
+    if len(files) != expected:
+        raise CheckpointError(
+            f"{folder} was saved by {expected} ranks but holds {len(files)} optimizer shards."
+        )
+    if len({len(each) for each in sizes}) != 1:
+        raise CheckpointError(f"The shards in {folder} hold different numbers of vectors.")
+    return files, stage, sizes, paddings
+
+
+def _read_models(folder: Path, stage: int, ranks: int) -> list[Mapping[str, Any]]:
+    """The model_states file, at stage 3 one a rank."""
+    files = (
+        files_by_rank(folder, "model") if stage == 3 else [folder / "mp_rank_00_model_states.pt"]
+    )
+    if stage == 3 and len(files) != ranks:
+        raise CheckpointError(
+            f"{folder} was saved by {ranks} ranks but holds {len(files)} model shards."
+        )
+    return [read_safely(path) for path in files]
+
+
+def _vectors_key(stage: int) -> str:
+    return "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+
+
+def _buffers(model: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: model["module"][name] for name in model["buffer_names"]}

@@ -1,0 +1,40 @@
+"""Commands that make model folders out of checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+import typer
+
+
+def convert(
+    checkpoint: Path = typer.Argument(
+        ...,
+        help="a run folder (its newest checkpoint), one of its checkpoints/step_<n>, or a folder "
+        "that DeepSpeed alone saved (then only the weights are written)",
+    ),
+    out: Path = typer.Argument(..., help="the model folder to write"),
+    tag: Optional[str] = typer.Option(
+        None, help="which checkpoint in CHECKPOINT: a step, latest, or DeepSpeed's tag"
+    ),
+    dtype: str = typer.Option("fp32", help="fp32 or bf16"),
+    max_shard_size: str = typer.Option("5GB", help="most bytes in one safetensors file"),
+    overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
+) -> None:
+    """Turn a ZeRO checkpoint into a model folder: safetensors, index, config, model card.
+
+    The shards are read one after the other: memory for one rank's float32 weights is enough for
+    any model. No file is unpickled into code.
+    """
+    from lgpt.checkpoint.export import convert_run
+    from lgpt.checkpoint.safetensors_writer import parse_size
+
+    convert_run(
+        checkpoint,
+        out,
+        dtype=dtype,
+        overwrite=overwrite,
+        tag=tag,
+        max_shard_bytes=parse_size(max_shard_size),
+    )
