@@ -1,4 +1,4 @@
-"""ZeRO shards to whole weights, without DeepSpeed and without unpickling code."""
+"""ZeRO shards to whole weights in memory, without DeepSpeed and without unpickling code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from lgpt.checkpoint.weight_source import whole_tensors
 from lgpt.checkpoint.zero_shards import ZeroShards
 
 
-def merged_weights(step_folder: Path, engine_name: str = "model") -> dict[str, Tensor]:
+def merged_weights(engine_folder: Path) -> dict[str, Tensor]:
     """The whole state dict of one engine of a checkpoint, in memory.
 
     Args:
-        step_folder: `checkpoints/step_<n>`.
-        engine_name: Folder of the engine in it.
+        engine_folder: DeepSpeed's tag, such as `checkpoints/step_<n>/model`.
 
     Returns:
         Every parameter and buffer by its name, in the module's order: floating point as float32,
@@ -25,4 +24,4 @@ def merged_weights(step_folder: Path, engine_name: str = "model") -> dict[str, T
         CheckpointError: A file is missing, unreadable or holds code, or names and sizes do not add
             up.
     """
-    return whole_tensors(ZeroShards(step_folder / engine_name))
+    return whole_tensors(ZeroShards(engine_folder))

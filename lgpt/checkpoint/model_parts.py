@@ -13,6 +13,8 @@ from lgpt.models.clip_encoder import ClipTextEncoder
 from lgpt.models.vqgan_import import load_vqvae
 from lgpt.settings.phases import TransformerRun
 
+PIPELINE = "pipeline.json"
+
 
 def save_parts(
     run: TransformerRun, described: Mapping[str, Any], folder: Path, *, copy_text_encoder: bool
@@ -33,12 +35,13 @@ def save_parts(
     encoder = None if text is None else _save_text_encoder(text, folder, copy_text_encoder)
     pipeline = {
         "vqvae": "vqvae",
+        "vqvae_digest": described["vqvae"]["digest"],
         "text_encoder": encoder,
         "text_encoder_is_random": bool(text and text["is_random"]),
         "text_encoder_digest": None if text is None else text.get("digest"),
         "sampling": run.sampling.model_dump(include={"guidance", "temperature", "top_k", "top_p"}),
     }
-    write_json_atomically(folder / "pipeline.json", pipeline)
+    write_json_atomically(folder / PIPELINE, pipeline)
 
 
 def copy_named_encoder(name: str, digest: Optional[str], folder: Path) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lgpt.core.distributed import rank
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.codebook import Codebook
 from lgpt.settings.training import OptimizerSettings
@@ -81,6 +82,35 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
         model=model, optimizer=adamw, config=config, dist_init_required=False
     )
     return engine
+
+
+def set_masters(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put float32 weights into the optimizer's masters. All ranks call it, with the same weights.
+
+    DeepSpeed (0.19.8) makes them of weights that it has rounded to bf16 before; the bf16 weights
+    themselves are right already.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not engine.bfloat16_enabled():
+        return
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        whole = weights[name].to(engine.device, torch.float32)
+        if hasattr(parameter, "ds_tensor"):
+            # The full setter fails on the last rank where the ranks do not divide the elements.
+            safe_set_local_fp32_param(parameter, _stage3_part(whole, parameter.ds_tensor.numel()))
+        else:
+            safe_set_full_fp32_param(parameter, whole)
+
+
+def _stage3_part(whole: torch.Tensor, length: int) -> torch.Tensor:
+    """This rank's part of a parameter, with zeros behind its end."""
+    part = whole.new_zeros(length)
+    mine = whole.flatten()[rank() * length : (rank() + 1) * length]
+    part[: mine.numel()] = mine
+    return part
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

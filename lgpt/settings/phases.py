@@ -44,6 +44,11 @@ class _PhaseBase(Section):
     training: TrainingSettings
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
+    init_from: Optional[FolderOrFile] = Field(
+        None,
+        description="first weights of a fresh run: a model folder, a run folder (its newest "
+        "checkpoint) or one of its checkpoints/step_<n>; all names and shapes must be the same",
+    )
     deepspeed: Optional[NameOrPath] = Field(
         None, description="a name in ds_configs or a JSON file; default: the phase's own"
     )

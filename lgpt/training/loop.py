@@ -31,6 +31,7 @@ from lgpt.training.task import TrainingTask
 
 _MOST_SKIPPED_STEPS = 10  # in a row
 _COMPANIONS = ("config.yaml", "ds_source.json", "ds_config.json", "model_config.json")
+_COMPANIONS += ("warm_start.json",)
 
 _log = get_logger(__name__)
 
@@ -330,7 +331,8 @@ def _read_companions(run_folder: Path) -> dict[str, str]:
     """What lies beside the weights in every checkpoint, as this start wrote it; only on rank 0."""
     if not is_rank_zero():
         return {}
-    # ds_source.json is there only where the user's own JSON was named.
+    # ds_source.json is there only where the user's own JSON was named, warm_start.json only with
+    # init_from.
     there = [name for name in _COMPANIONS if (run_folder / name).exists()]
     return {name: (run_folder / name).read_text() for name in there}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -10,10 +11,12 @@ import torch
 
 from lgpt.checkpoint.export import convert_run
 from lgpt.checkpoint.store import find_whole_checkpoint, load_checkpoint
+from lgpt.checkpoint.warm_start import load_first_weights
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
 from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically
 from lgpt.core.logging import get_logger
+from lgpt.engine.build import set_masters
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.engine.start import afford_bf16, start_process_group
 from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tags
@@ -73,7 +76,11 @@ def _train_from(
             world_size(),
             device.type,
         )
+    first_weights = _load_first_weights(run, task) if newest is None else None
     task.build_engines(ds_config)
+    if first_weights is not None:
+        set_masters(task.engine, first_weights)
+        del first_weights
     seed_everything(run.seed, rank())
     progress = Progress() if newest is None else _resume(run, task, newest)
     _write_run_folder(run, ds_config, task)
@@ -85,6 +92,16 @@ def _train_from(
         if tracker is not None:
             tracker.finish("FAILED")
         raise
+
+
+def _load_first_weights(run: RunSettings, task: Task) -> Optional[dict[str, torch.Tensor]]:
+    """`init_from`, where it is set; what it took is told in the run folder."""
+    if run.init_from is None:
+        return None
+    weights, report = load_first_weights(task.model, run.init_from, task.description())
+    if is_rank_zero():
+        write_json_atomically(run.run_folder / "warm_start.json", asdict(report))
+    return weights
 
 
 def _is_done(run: RunSettings) -> bool:

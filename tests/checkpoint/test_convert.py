@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_merged_weights_equal_the_live_engines_exactly(saves, case):
     live = torch.load(saves.folder / case / "live.pt", weights_only=True)
-    merged = merged_weights(saves.step(case, 3))
+    merged = merged_weights(saves.step(case, 3) / "model")
     assert merged.keys() == live.keys()
     for name, tensor in merged.items():
         assert tensor.dtype == live[name].dtype, name
@@ -29,7 +29,7 @@ def test_merged_weights_equal_the_live_engines_exactly(saves, case):
 @pytest.mark.parametrize("case", CASES)
 def test_merged_weights_equal_deepspeeds_own_conversion(saves, case):
     theirs = torch.load(saves.folder / case / "deepspeed.pt", weights_only=True)
-    merged = merged_weights(saves.step(case, 3))
+    merged = merged_weights(saves.step(case, 3) / "model")
     # DeepSpeed 0.19.8 leaves frozen parameters out of ZeRO-1 checkpoints' conversion.
     lost = {"frozen.weight", "frozen.bias"} if case == "zero1_fp32" else set()
     assert merged.keys() - lost == theirs.keys() - lost
@@ -38,7 +38,7 @@ def test_merged_weights_equal_deepspeeds_own_conversion(saves, case):
 
 
 def test_shared_parameters_are_one_tensor_and_integers_stay_integers(saves):
-    merged = merged_weights(saves.step("zero3_bf16", 3))
+    merged = merged_weights(saves.step("zero3_bf16", 3) / "model")
     assert merged["head.weight"] is merged["embedding.weight"]
     assert merged["calls"].item() == 3
     assert merged["calls"].dtype == torch.int64
@@ -56,7 +56,7 @@ both = pytest.mark.parametrize("step_folder", ["zero2_fp32", "zero3_fp32"], indi
 def test_a_missing_shard_is_counted(step_folder):
     next((step_folder / "model").glob("*rank_1*optim_states.pt")).unlink()
     with pytest.raises(CheckpointError, match="saved by 2 ranks but holds 1 optimizer"):
-        merged_weights(step_folder)
+        merged_weights(step_folder / "model")
 
 
 @both
@@ -64,7 +64,7 @@ def test_a_truncated_shard_is_named(step_folder):
     shard = next((step_folder / "model").glob("*rank_1*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=shard.name):
-        merged_weights(step_folder)
+        merged_weights(step_folder / "model")
 
 
 @both
@@ -76,7 +76,7 @@ def test_names_that_do_not_add_up_are_listed(step_folder):
         state["shared_params"]["stray"] = "embedding.weight"
         torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"extra \['stray'\]|missing \['ghost.weight'\]"):
-        merged_weights(step_folder)
+        merged_weights(step_folder / "model")
 
 
 @both
@@ -86,7 +86,7 @@ def test_sizes_that_do_not_add_up_are_told(step_folder):
         state["param_shapes"][1].pop("embedding.weight")
         torch.save(state, path)
     with pytest.raises(CheckpointError, match="elements"):
-        merged_weights(step_folder)
+        merged_weights(step_folder / "model")
 
 
 @pytest.mark.parametrize("step_folder", ["zero2_bf16"], indirect=True)
@@ -95,7 +95,7 @@ def test_shards_of_deepspeeds_bf16_optimizer_say_what_to_train_with(step_folder)
     for path in (step_folder / "model").glob("*optim_states.pt"):
         torch.save({"optimizer_state_dict": {"clip_grad": 1.0}}, path)
     with pytest.raises(CheckpointError, match=r"name no zero_stage.*deepspeed=zero2_bf16"):
-        merged_weights(step_folder)
+        merged_weights(step_folder / "model")
 
 
 def test_a_folder_without_shards_says_what_to_give(tmp_path):
@@ -119,5 +119,5 @@ def test_code_in_a_shard_is_refused_by_name_and_not_run(step_folder, tmp_path):
     shard = next((step_folder / "model").glob("zero_pp_rank_0_*optim_states.pt"))
     torch.save({"optimizer_state_dict": Payload(victim)}, shard)
     with pytest.raises(CheckpointError, match=r"more than tensors .*: it names posix.mkdir"):
-        merged_weights(step_folder)
+        merged_weights(step_folder / "model")
     assert not victim.exists()

@@ -54,7 +54,7 @@ def test_a_transformer_run_becomes_a_folder_that_draws(phase3, tmp_path):
     out = tmp_path / "model"
     export = convert_run(phase3, out)
     assert (export.folder, export.kind, export.step) == (out, "latent_gpt", 7)
-    masters = merged_weights(phase3 / "checkpoints" / "step_7")
+    masters = merged_weights(phase3 / "checkpoints" / "step_7" / "model")
     model = LatentGPT.from_pretrained(out)
     assert export.num_parameters == model.num_parameters()
     for name, tensor in model.state_dict().items():
@@ -64,6 +64,7 @@ def test_a_transformer_run_becomes_a_folder_that_draws(phase3, tmp_path):
     assert picture.size == (8, 8)
     assert json.loads((out / "pipeline.json").read_text()) == {
         "vqvae": "vqvae",
+        "vqvae_digest": pipeline.vqvae.weights_digest(),
         "text_encoder": "text_encoder",
         "text_encoder_is_random": True,
         "text_encoder_digest": pipeline.text_encoder.digest,
@@ -108,7 +109,7 @@ def test_a_phase_2_run_becomes_a_vqvae(saves, tmp_path):
 def test_bf16_rounds_the_float32_masters_once(phase3, tmp_path):
     convert_run(phase3, tmp_path / "model", dtype="bf16")
     stored = load_file(tmp_path / "model" / "model.safetensors")
-    masters = merged_weights(phase3 / "checkpoints" / "step_7")
+    masters = merged_weights(phase3 / "checkpoints" / "step_7" / "model")
     assert stored.keys() == masters.keys()
     for name, tensor in stored.items():
         assert tensor.dtype == torch.bfloat16

@@ -22,9 +22,10 @@ from torch import nn
 
 from lgpt.checkpoint import store
 from lgpt.checkpoint.retention import Keep
+from lgpt.checkpoint.warm_start import load_first_weights
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything
 from lgpt.core.errors import CheckpointError
-from lgpt.engine.build import build_engine
+from lgpt.engine.build import build_engine, set_masters
 from lgpt.engine.start import start_process_group
 from lgpt.settings.training import OptimizerSettings
 
@@ -165,6 +166,16 @@ def save_on_full_disk(engine: Any, run_folder: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def start_warm(source: Path) -> dict[str, torch.Tensor]:
+    """What a fresh ZeRO-3 engine in bf16 holds that starts on the weights of a step folder."""
+    seed_everything(9)
+    model = TinyModel()
+    weights, _ = load_first_weights(model, source, {"kind": "tiny", "config": {}})
+    engine = build_engine(model, OptimizerSettings(), ds_config_of(3, "bf16"))
+    set_masters(engine, weights)
+    return live_weights(engine)
+
+
 def refusal(engines: dict[str, Any], folder: Path) -> str:
     try:
         store.load_checkpoint(engines, folder)
@@ -202,6 +213,9 @@ def main() -> None:
         barrier()
         results[name] = run_case(stage, precision, out / name)
         engines[name] = results[name].pop("engine")
+    warm = start_warm(out / "zero2_bf16" / "checkpoints" / "step_3")
+    if is_rank_zero():
+        torch.save(warm, out / "warm.pt")
     results["other_precision"] = refusal(
         {"model": engines["zero2_fp32"]}, out / "zero2_bf16" / "checkpoints" / "step_5"
     )

@@ -84,7 +84,7 @@ def phase1(home: Path, phase2: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def phase3(home: Path, phase2: Path) -> Path:
+def phase3(home: Path, phase2: Path, phase1: Path) -> Path:
     """Trained under ZeRO-3, stopped once by SIGTERM to a rank on the way, and gone on with."""
     steps = 60
     config = tiny.transformer_run(
@@ -95,6 +95,7 @@ def phase3(home: Path, phase2: Path) -> Path:
         training={**tiny.training(steps, "bf16"), "sample_every": steps},
         sampling={"images": 4},
         checkpoint={"every_steps": 1000},
+        init_from=str(phase1 / "checkpoints" / "step_4"),
     )
     path = tiny.write(home / "phase3.yaml", config)
     _lgpt("prepare", path)
@@ -130,6 +131,15 @@ def _is_rank(process: Path, config: Path) -> bool:
     except OSError:
         return False
     return str(config).encode() in words and any(w.startswith(b"--local_rank=") for w in words)
+
+
+def test_phase3_started_on_the_chosen_step_of_phase1(phase3: Path, phase1: Path):
+    told = json.loads((phase3 / "warm_start.json").read_text())
+    assert (phase1 / "checkpoints" / "latest").read_text().strip() == "step_6"
+    assert told["source"] == str(phase1 / "checkpoints" / "step_4" / "model")
+    assert (told["step"], told["differences"], told["is_same_vqvae"]) == (4, {}, True)
+    kept = phase3 / "checkpoints" / "step_60" / "warm_start.json"
+    assert json.loads(kept.read_text()) == told
 
 
 def test_phase2_leaves_a_vqvae_and_reconstructions(phase2: Path):
