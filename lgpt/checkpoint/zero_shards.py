@@ -216,15 +216,11 @@ def _read_headers(folder: Path) -> tuple[list[Path], int, list[list[int]], Seque
     stage, expected, paddings = 0, 0, []
     for path in files:
         state = read_safely(path).get("optimizer_state_dict", {})
-        if "zero_stage" not in state or "partition_count" not in state:
-            # DeepSpeed's BF16_Optimizer, which stage 1 in bf16 trains with, keeps neither.
-            raise CheckpointError(
-                f"{folder} was not saved by ZeRO stage 1 in fp32, 2 or 3 (its shards name no "
-                "zero_stage), and only those can be converted; train with stage 2, such as "
-                "deepspeed=zero2_bf16."
-            )
+        if "partition_count" not in state:
+            raise CheckpointError(f"{path} was not saved by ZeRO stage 1, 2 or 3.")
         if not sizes:
-            stage, partitions = int(state["zero_stage"]), state["partition_count"]
+            # BF16_Optimizer, which stage 1 in bf16 with float32 gradients is, does not name it.
+            stage, partitions = int(state.get("zero_stage", 1)), state["partition_count"]
             expected = max(partitions) if isinstance(partitions, list) else int(partitions)
             paddings = state.get("param_alignment_paddings") or []
         if _vectors_key(stage) not in state:

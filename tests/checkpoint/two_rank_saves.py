@@ -166,6 +166,18 @@ def save_on_full_disk(engine: Any, run_folder: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def save_with_bf16_optimizer(out: Path) -> None:
+    """As DeepSpeed alone saves stage 1 in bf16 with float32 gradients."""
+    seed_everything(1)
+    ds_config = {**ds_config_of(1, "bf16"), "data_types": {"grad_accum_dtype": "fp32"}}
+    engine = build_engine(TinyModel(), OptimizerSettings(learning_rate=0.05), ds_config)
+    train(engine, 2)
+    engine.save_checkpoint(str(out), tag="global_step2")
+    weights = live_weights(engine)
+    if is_rank_zero():
+        torch.save(weights, out / "live.pt")
+
+
 def start_warm(source: Path) -> dict[str, torch.Tensor]:
     """What a fresh ZeRO-3 engine in bf16 holds that starts on the weights of a step folder."""
     seed_everything(9)
@@ -213,6 +225,7 @@ def main() -> None:
         barrier()
         results[name] = run_case(stage, precision, out / name)
         engines[name] = results[name].pop("engine")
+    save_with_bf16_optimizer(out / "bf16_optimizer")
     warm = start_warm(out / "zero2_bf16" / "checkpoints" / "step_3")
     if is_rank_zero():
         torch.save(warm, out / "warm.pt")
