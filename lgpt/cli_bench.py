@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Optional
 
 import typer
@@ -10,10 +11,12 @@ from lgpt.cli_parts import (
     CONFIG,
     JSON,
     OVERRIDES,
+    load_run,
     load_transformer_run,
     load_vqvae_run,
     print_table,
 )
+from lgpt.core.errors import SettingsError
 
 bench_app = typer.Typer(help="Measure this machine with a run's own code.", no_args_is_help=True)
 
@@ -67,3 +70,38 @@ def bench_vqvae_command(
 
     result = bench_recipe(run, steps=steps, measurements=measurements)
     print_table(recipe_table(result), result, as_json)
+
+
+@bench_app.command("convert")
+def bench_convert_command(
+    checkpoint: Optional[Path] = typer.Argument(
+        None, help="a checkpoint, as in `lgpt convert`; default: one written for this, with --ranks"
+    ),
+    config: str = typer.Option(
+        "phase3_500m", help="run config whose transformer the written checkpoint holds"
+    ),
+    ranks: int = typer.Option(8, min=1, help="ranks that seem to have saved it"),
+    stage: Optional[list[int]] = typer.Option(
+        None, min=2, max=3, help="ZeRO stage of it; may be given twice; default: 2 and 3"
+    ),
+    rounds: int = typer.Option(3, min=1, help="medians over so many rounds are given"),
+    work: Path = typer.Option(
+        Path("bench_convert"), help="scratch folder; 22 bytes a parameter, removed at the end"
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Compare `lgpt convert` with DeepSpeed's zero_to_fp32: seconds, peak memory, each tensor.
+
+    The checkpoint that is written holds random numbers in DeepSpeed's format: it needs one rank's
+    memory instead of a training on 8 GPUs.
+    """
+    from lgpt.checkpoint.bench_convert import bench_checkpoint, bench_written, convert_table
+
+    if checkpoint is not None:
+        if stage:
+            raise SettingsError("--stage is for a checkpoint that is written; one is given.")
+        results = [bench_checkpoint(checkpoint, work, rounds=rounds)]
+    else:
+        run = load_run(config, None, ranks=1)
+        results = bench_written(run, stage or [2, 3], ranks=ranks, work=work, rounds=rounds)
+    print_table(convert_table(results), {"conversions": results}, as_json)

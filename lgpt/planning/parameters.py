@@ -39,9 +39,18 @@ def run_parameters(run: RunSettings) -> int:
     """
     if isinstance(run, Phase2):
         return vqvae_parameters(run.vqvae)
+    codes, side, text_width = transformer_surroundings(run)
+    return latent_gpt_parameters(run.transformer, codes, side * side, text_width)
+
+
+def transformer_surroundings(run: TransformerRun) -> tuple[int, int, Optional[int]]:
+    """What data decide of a transformer: codes, side of the token grid, width of the text.
+
+    Raises:
+        SettingsError: One of them cannot be known from the settings and the files they name.
+    """
     codes, factor = _codes_and_factor(run.vqvae)
-    side = run.data.resolution // factor
-    return latent_gpt_parameters(run.transformer, codes, side * side, _text_width(run))
+    return codes, run.data.resolution // factor, _text_width(run)
 
 
 def latent_gpt_parameters(
