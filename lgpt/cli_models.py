@@ -20,6 +20,10 @@ def convert(
     ),
     dtype: str = typer.Option("fp32", help="fp32 or bf16"),
     max_shard_size: str = typer.Option("5GB", help="most bytes in one safetensors file"),
+    verify: bool = typer.Option(
+        False,
+        help="compare the written model's logits with those that training kept with the checkpoint",
+    ),
     overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
 ) -> None:
     """Turn a ZeRO checkpoint into a model folder: safetensors, index, config, model card.
@@ -30,11 +34,14 @@ def convert(
     from lgpt.checkpoint.export import convert_run
     from lgpt.checkpoint.safetensors_writer import parse_size
 
-    convert_run(
+    export = convert_run(
         checkpoint,
         out,
         dtype=dtype,
         overwrite=overwrite,
         tag=tag,
         max_shard_bytes=parse_size(max_shard_size),
+        verify=verify,
     )
+    if export.logits_check is not None:
+        print(f"largest difference of logits: {export.logits_check.largest_difference:.6g}")

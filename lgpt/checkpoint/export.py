@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -22,7 +22,8 @@ import torch
 
 from lgpt import __version__
 from lgpt.checkpoint.export_folder import PROVENANCE, refuse_full_disk, staged
-from lgpt.checkpoint.folders import verify
+from lgpt.checkpoint.folders import verify as problems_of_checkpoint
+from lgpt.checkpoint.logits_check import LogitsCheck, check_logits
 from lgpt.checkpoint.manifest import Manifest, list_files, read_manifest
 from lgpt.checkpoint.model_card import Export, model_card, source_commit, weights_card
 from lgpt.checkpoint.model_parts import save_parts
@@ -63,6 +64,7 @@ def convert_run(
     tag: Optional[str] = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     copy_text_encoder: bool = False,
+    verify: bool = False,
 ) -> Export:
     """Make a model folder from a checkpoint, reading one rank's shard after the other.
 
@@ -79,6 +81,8 @@ def convert_run(
         tag: Which checkpoint in `source`.
         max_shard_bytes: Most bytes in one safetensors file.
         copy_text_encoder: Copy a text encoder of the hub too, instead of naming it.
+        verify: Run the written model on inputs that the checkpoint keeps, and compare its logits
+            with those of the training. This holds the whole model in memory.
 
     Raises:
         CheckpointError: There is no whole checkpoint, its parts do not fit, the VQ-VAE is no longer
@@ -105,14 +109,35 @@ def convert_run(
         write_safetensors(shards, staging, dtype=_DTYPES[dtype], max_shard_bytes=max_shard_bytes)
         files = {name: sha256_of_file(staging / name) for name in list_files(staging)}
         step = trained.manifest.step if trained is not None else shards.global_steps
-        export = Export(out, kind, step, shards.num_parameters, dtype, files)
+        check = _check_logits(staging, place, trained) if verify else None
+        export = Export(out, kind, step, shards.num_parameters, dtype, files, check)
         _write_descriptions(export, place, trained, shards, staging)
     _log.info("%s: %s of step %d, %s", out, export.kind, export.step, dtype)
     return export
 
 
+def _check_logits(
+    staging: Path, place: CheckpointPlace, trained: Optional[_Trained]
+) -> LogitsCheck:
+    if trained is None or place.step_folder is None or trained.described["kind"] != "latent_gpt":
+        raise CheckpointError(
+            f"{place.engine_folder} keeps no logits to compare with: only the checkpoints of "
+            "transformer runs do; convert it without --verify."
+        )
+    precision = trained.manifest.engines[place.engine_folder.name].precision
+    check = check_logits(staging, place.step_folder, precision)
+    _log.info(
+        "largest difference of %d logits from those of the training: %.3g (largest logit %.3g, %s)",
+        check.count,
+        check.largest_difference,
+        check.largest_logit,
+        precision,
+    )
+    return check
+
+
 def _open(step_folder: Path) -> _Trained:
-    if problems := verify(step_folder, deep=True):
+    if problems := problems_of_checkpoint(step_folder, deep=True):
         raise CheckpointError(f"{step_folder} is damaged: {'; '.join(problems)}.")
     run = load_run_settings(step_folder / "config.yaml", environ={}, check_deepspeed=False)
     described = json.loads((step_folder / "model_config.json").read_text())
@@ -169,6 +194,7 @@ def _write_descriptions(
         "dtype": export.dtype,
         "num_parameters": export.num_parameters,
         "tied": dict(shards.aliases),
+        "logits_check": None if export.logits_check is None else asdict(export.logits_check),
         "sha256": export.files,
     }
     write_json_atomically(staging / PROVENANCE, provenance)

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lgpt import __version__
+from lgpt.checkpoint.logits_check import LogitsCheck
 from lgpt.settings.phases import Phase2, RunSettings
+
+_CHECKSUMS_HEADING = "## sha256"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Export:
         num_parameters: Counted on the model.
         dtype: fp32 or bf16.
         files: sha256 of every file but export.json and README.md.
+        logits_check: Result of `--verify`.
     """
 
     folder: Path
@@ -32,6 +36,7 @@ class Export:
     num_parameters: int
     dtype: str
     files: dict[str, str]
+    logits_check: Optional[LogitsCheck] = None
 
 
 def model_card(
@@ -54,8 +59,8 @@ def model_card(
         f"- run: `{run.name}`, phase {run.phase}, seed {run.seed}; checkpoint `{checkpoint}`",
         f"- made by: lgpt {__version__}" + (f", commit {commit}" if commit else ""),
     ]
-    parts = [f"# {run.name}: {title}", *body, "\n".join(facts), "## sha256", _checksums(export)]
-    return "\n\n".join(parts) + "\n"
+    parts = [f"# {run.name}: {title}", *body, "\n".join(facts)]
+    return with_checksums("\n\n".join(parts), export.files)
 
 
 def weights_card(export: Export, checkpoint: str, stage: int, ranks: int) -> str:
@@ -71,7 +76,14 @@ def weights_card(export: Export, checkpoint: str, stage: int, ranks: int) -> str
         '    weights = load_file("model.safetensors")    # or each file that the index names'
     )
     parts = [f"# Weights of {checkpoint}", "\n".join(facts), use]
-    return "\n\n".join([*parts, "## sha256", _checksums(export)]) + "\n"
+    return with_checksums("\n\n".join(parts), export.files)
+
+
+def with_checksums(card: str, files: Mapping[str, str]) -> str:
+    """A card with the sha256 of each file at its end, in place of earlier ones."""
+    lines = [f"    {digest}  {name}" for name, digest in sorted(files.items())]
+    body = card.split(_CHECKSUMS_HEADING)[0].rstrip()
+    return "\n\n".join([body, _CHECKSUMS_HEADING, "\n".join(lines)]) + "\n"
 
 
 def source_commit() -> Optional[str]:
@@ -82,10 +94,6 @@ def source_commit() -> Optional[str]:
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
-
-
-def _checksums(export: Export) -> str:
-    return "\n".join(f"    {digest}  {name}" for name, digest in sorted(export.files.items()))
 
 
 def _vqvae(described: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Union
 
 import torch
 
@@ -45,7 +45,12 @@ from lgpt.checkpoint.retention import Keep, prune, put_back_replaced, sweep
 from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
 from lgpt.core.distributed import barrier, is_rank_zero, rank, world_size
 from lgpt.core.errors import CheckpointError
-from lgpt.core.files import sync_folder, write_json_atomically, write_text_atomically
+from lgpt.core.files import (
+    sync_folder,
+    write_bytes_atomically,
+    write_json_atomically,
+    write_text_atomically,
+)
 from lgpt.core.logging import get_logger
 from lgpt.engine.ranks import broadcast_from_rank_zero, gather_to_rank_zero
 
@@ -61,7 +66,7 @@ def save_checkpoint(
     *,
     trainer_state: Mapping[str, Any],
     keep: Keep,
-    extra_files: Mapping[str, str],
+    extra_files: Mapping[str, Union[str, bytes]],
     facts: Optional[Mapping[str, Any]] = None,
 ) -> Path:
     """Save all engines and every rank's generators. All ranks call it.
@@ -71,7 +76,7 @@ def save_checkpoint(
         step: Optimizer steps done; names the checkpoint.
         trainer_state: JSON values, the same on all ranks.
         keep: Which checkpoints stay, this one included.
-        extra_files: Text files to keep with it, by name.
+        extra_files: Files to keep with it, by name.
         facts: JSON values for the manifest (manifest.py); those of rank 0 count.
 
     Returns:
@@ -162,7 +167,7 @@ def _stage(
     engines: Mapping[str, Any],
     staging: Path,
     trainer_state: Mapping[str, Any],
-    extra_files: Mapping[str, str],
+    extra_files: Mapping[str, Union[str, bytes]],
 ) -> None:
     """Write everything but the manifest into the staging folder."""
 
@@ -173,8 +178,9 @@ def _stage(
                 shutil.rmtree(staging)
             (staging / "rng").mkdir(parents=True)
             write_json_atomically(staging / _TRAINER_STATE, dict(trainer_state))
-            for name, text in extra_files.items():
-                write_text_atomically(staging / name, text)
+            for name, content in extra_files.items():
+                payload = content.encode() if isinstance(content, str) else content
+                write_bytes_atomically(staging / name, payload)
 
     _on_all_ranks(prepare, f"prepare {staging}")
     _on_all_ranks(lambda: torch.save(capture_rng_state(), _rng_file(staging)), f"write {staging}")

@@ -14,6 +14,8 @@ import torch
 from tqdm import tqdm
 
 from lgpt.checkpoint.folders import newest_checkpoint, set_aside_after
+from lgpt.checkpoint.logits_check import FILE_NAME as LOGITS_FILE
+from lgpt.checkpoint.logits_check import pack_logits
 from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.store import save_checkpoint
 from lgpt.core.distributed import barrier, is_rank_zero
@@ -285,7 +287,7 @@ class _Loop:
             keep=Keep(
                 run.checkpoint.keep_last, run.checkpoint.keep_every, run.checkpoint.keep_best
             ),
-            extra_files=self.companions,
+            extra_files={**self.companions, **self._logits()},
             facts=self._facts() if is_rank_zero() else {},
         )
         self.saved_step = step
@@ -312,6 +314,11 @@ class _Loop:
         if progress.validated_step == progress.step:
             facts["validation"] = {"name": name, "loss": progress.validation[name]}
         return facts
+
+    def _logits(self) -> dict[str, bytes]:
+        """What a conversion can be checked by; all ranks call it."""
+        probe = self.task.probe()
+        return {LOGITS_FILE: pack_logits(probe)} if probe and is_rank_zero() else {}
 
     def _record(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None:

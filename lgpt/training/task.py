@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional, Protocol, runtime_checkable
 
+import torch
 from PIL import Image
 
 
@@ -38,6 +39,12 @@ class TrainingTask(Protocol):
 
     def train_step(self, step: int) -> Mapping[str, float]:
         """One optimizer step on the global batch number `step`; this rank's mean metrics."""
+
+    def probe(self) -> Mapping[str, torch.Tensor]:
+        """A few inputs and the model's outputs, kept with every checkpoint; may be empty.
+
+        All ranks call it. `lgpt convert --verify` compares (checkpoint/logits_check.py).
+        """
 
     def validate(self) -> Mapping[str, float]:
         """Metrics over the validation images and all ranks; the same on every rank."""

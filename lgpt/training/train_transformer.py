@@ -13,7 +13,7 @@ from PIL import Image
 from lgpt.core.distributed import rank, world_size
 from lgpt.core.files import sha256_of_json
 from lgpt.data.image_batches import ImageBatches
-from lgpt.data.latent_cache import LatentCache
+from lgpt.data.latent_cache import CachedBatch, LatentCache
 from lgpt.data.transforms import to_pil
 from lgpt.engine.blocks import apply_block_settings
 from lgpt.engine.build import build_engine, parameter_dtype
@@ -42,6 +42,9 @@ from lgpt.training.latent_batches import (
     validation_batch,
 )
 from lgpt.training.places import micro_batches_of, validation_batches_of
+
+# Kept with every checkpoint: 1 MiB of logits at 16,384 codes.
+_PROBE_IMAGES, _PROBE_POSITIONS = 2, 8
 
 
 class TransformerTask:
@@ -84,6 +87,7 @@ class TransformerTask:
         captions = [val_set.captions(i)[0] for i in range(min(run.sampling.images, len(val_set)))]
         self.prompts = list(run.sampling.prompts or captions)[: run.sampling.images]
         self.engine: Any = None
+        self._probe: Optional[CachedBatch] = None
 
     def _source(self, dataset: Any) -> LatentSource:
         run = self.run
@@ -193,6 +197,29 @@ class TransformerTask:
             # What guessing would score: 7.1 beside 9.70 does not look alarming.
             "ln_codebook_size": math.log(self.vqvae.vocab_size),
         }
+
+    @torch.no_grad()
+    def probe(self) -> Mapping[str, torch.Tensor]:
+        """Two validation images, the second without its caption, and logits at a few positions."""
+        self.engine.eval()
+        if self._probe is None:
+            items = np.arange(min(_PROBE_IMAGES, len(self.val_source)))
+            self._probe = validation_batch(self.val_source, items).latents
+        tokens, text, mask = self._probe.tokens, self._probe.text, self._probe.text_mask
+        null_text = torch.arange(len(tokens)) > 0
+        if text is not None:
+            text = text.to(parameter_dtype(self.engine))
+        logits_BLV = self.engine(
+            *(None if each is None else each.to(self.device) for each in (tokens, text, mask)),
+            null_text=null_text.to(self.device),
+        )
+        length = tokens.shape[1]
+        positions = torch.linspace(0, length - 1, min(_PROBE_POSITIONS, length)).long()
+        probe = {"tokens": tokens, "null_text": null_text, "positions": positions}
+        probe["logits"] = logits_BLV[:, positions.to(self.device)].float()
+        if text is not None and mask is not None:
+            probe.update(text=text, text_mask=mask)
+        return probe
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:

@@ -185,6 +185,10 @@ class VqvaeTask:
         images = to_unit_range(torch.from_numpy(pictures).to(self.device, non_blocking=True))
         return images.to(parameter_dtype(self.engine))
 
+    def probe(self) -> Mapping[str, torch.Tensor]:
+        """Nothing: a VQ-VAE has no logits."""
+        return {}
+
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
         """Loss, PSNR (dB), code usage and perplexity over all validation images and ranks."""

@@ -61,6 +61,9 @@ class CountingTask:
         self.on_step(self._step)
         return {"recon_loss": self.losses.get(self._step, 1.0)}
 
+    def probe(self) -> Mapping[str, torch.Tensor]:
+        return {}
+
     def validate(self) -> Mapping[str, float]:
         self.asked.append("validate")
         return {"recon_loss": self.validation_loss}

@@ -142,6 +142,16 @@ def test_phase3_started_on_the_chosen_step_of_phase1(phase3: Path, phase1: Path)
     assert json.loads(kept.read_text()) == told
 
 
+def test_the_logits_of_conversions_are_those_of_the_training(phase3: Path, tmp_path: Path):
+    """Of a ZeRO-3 training in bf16: run in bf16 again, and once from rounded weights."""
+    done = _lgpt("convert", "--verify", phase3, tmp_path / "model")
+    told = json.loads((tmp_path / "model" / "export.json").read_text())["logits_check"]
+    assert told["precision"] == "bf16"
+    assert told["count"] == 2 * 8 * 32
+    assert told["largest_difference"] <= 0.02 * told["largest_logit"]
+    assert f"largest difference of logits: {told['largest_difference']:.6g}" in done.stdout
+
+
 def test_phase2_leaves_a_vqvae_and_reconstructions(phase2: Path):
     done = json.loads((phase2 / "DONE").read_text())
     assert done["step"] == 8
