@@ -15,7 +15,7 @@ import typer
 
 from lgpt.cli_bench import bench_app
 from lgpt.cli_checkpoint import checkpoint_app
-from lgpt.cli_models import convert
+from lgpt.cli_models import convert, export
 from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_run, load_transformer_run, print_table
 from lgpt.core.distributed import rank, world_size
 from lgpt.core.errors import LgptError, SettingsError
@@ -120,6 +120,7 @@ def prepare(
 
 
 app.command()(convert)
+app.command()(export)
 
 
 @app.command()

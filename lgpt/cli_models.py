@@ -7,6 +7,8 @@ from typing import Optional
 
 import typer
 
+from lgpt.core.errors import SettingsError
+
 
 def convert(
     checkpoint: Path = typer.Argument(
@@ -45,3 +47,35 @@ def convert(
     )
     if export.logits_check is not None:
         print(f"largest difference of logits: {export.logits_check.largest_difference:.6g}")
+
+
+def export(
+    source: Path = typer.Argument(
+        ..., help="a model folder written by `lgpt convert`, or a checkpoint as it takes them"
+    ),
+    out: Path = typer.Argument(..., help="the folder to write"),
+    text_encoder: str = typer.Option(
+        "copy", help="copy it in, or leave one of the hub as a name: reference"
+    ),
+    tag: Optional[str] = typer.Option(None, help="which checkpoint in SOURCE"),
+    dtype: Optional[str] = typer.Option(None, help="fp32 (default) or bf16, of a checkpoint"),
+    overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
+) -> None:
+    """Write one folder that is a text-to-image model on any machine, without a hub.
+
+    Transformer, VQ-VAE and text encoder lie in it; TextToImagePipeline.from_pretrained opens it.
+    """
+    from lgpt.checkpoint.standalone import export_model
+
+    if text_encoder not in ("copy", "reference"):
+        raise SettingsError(
+            f"--text-encoder '{text_encoder}' is unknown; allowed: copy, reference."
+        )
+    export_model(
+        source,
+        out,
+        dtype=dtype,
+        tag=tag,
+        copy_text_encoder=text_encoder == "copy",
+        overwrite=overwrite,
+    )
