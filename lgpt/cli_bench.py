@@ -40,6 +40,43 @@ def bench_prepare_command(
     print_table(prepare_table(result), result, as_json)
 
 
+@bench_app.command("train")
+def bench_train_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    steps: int = typer.Option(3, min=1, help="measured steps a round"),
+    rounds: int = typer.Option(5, min=1, help="medians over so many rounds are given"),
+    words: int = typer.Option(20, min=1, help="text tokens a picture"),
+    peers: bool = typer.Option(
+        False, "--peers", help="also LlamaGen's step and transformers' GPT2 with cross-attention"
+    ),
+    find_micro_batch: bool = typer.Option(
+        False, "--find-micro-batch", help="double the micro batch as long as it fits"
+    ),
+    memory_gib: Optional[float] = typer.Option(
+        None, min=0.1, help="for --find-micro-batch; default on a CPU: 0.9 of what is free"
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Measure a run's training step: rates, parts, memory, use of the device; needs no data.
+
+    `batch.micro_batch_images=` says how many pictures. Each measurement is a process of its own.
+    """
+    run = load_transformer_run(config, overrides)
+    from lgpt.training.bench_train import bench_train, train_table
+
+    result = bench_train(
+        run,
+        steps=steps,
+        rounds=rounds,
+        words=words,
+        with_peers=peers,
+        find_micro_batch=find_micro_batch,
+        memory_gib=memory_gib,
+    )
+    print_table(train_table(result), result, as_json)
+
+
 @bench_app.command("loader")
 def bench_loader_command(
     config: str = CONFIG,

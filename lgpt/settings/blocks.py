@@ -10,7 +10,9 @@ from lgpt.settings.section import Section
 
 
 class BlockSettings(Section):
-    """None of these changes a gradient; they trade time for memory, or a start for faster steps."""
+    """They trade time for memory, or a slow start for faster steps; checkpointing changes nothing
+    else. Compiled blocks draw other dropout masks than plain ones.
+    """
 
     checkpointing: Literal["none", "full", "every_n", "selective"] = Field(
         "none",

@@ -1,0 +1,262 @@
+"""`lgpt bench train`: what a run's training step costs here, and beside two other systems.
+
+Every measurement is a process of its own (`bench_train_process.py`), so that its peak memory is
+its own and a failure for want of memory ends nothing else. The rounds take turns: in each, every
+contestant runs once, so that a machine that gets slower does it to all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any, Optional
+
+from rich.table import Table
+
+from lgpt.core.errors import OutOfMemoryError, SettingsError
+from lgpt.core.logging import get_logger
+from lgpt.models.latent_gpt import LatentGPTConfig
+from lgpt.planning.parameters import latent_gpt_parameters, transformer_surroundings
+from lgpt.settings.deepspeed import resolve_deepspeed_config
+from lgpt.settings.phases import TransformerRun
+from lgpt.settings.training import BatchSettings
+from lgpt.training.bench_peers import PEERS
+from lgpt.training.bench_train_process import PARTS, product_shapes
+
+_log = get_logger(__name__)
+_GIB = 2**30
+
+
+def bench_train(
+    run: TransformerRun,
+    *,
+    steps: int,
+    rounds: int,
+    words: int,
+    with_peers: bool,
+    find_micro_batch: bool,
+    memory_gib: Optional[float],
+) -> dict[str, Any]:
+    """Measure training steps of a run's transformer on random tokens and text, in one process.
+
+    Args:
+        run: Transformer, blocks, precision, DeepSpeed config and `batch.micro_batch_images`.
+        steps: Measured steps a round, after one that is not counted.
+        rounds: Medians over all steps of all rounds are given; ratios are medians over rounds.
+        words: Text tokens a picture.
+        with_peers: Also LlamaGen's text-to-image step and transformers' GPT2 with cross-attention.
+        find_micro_batch: Double the micro batch as long as it fits, and measure the largest.
+        memory_gib: Of the device, for `find_micro_batch`; default: what is free on a CPU.
+
+    Returns:
+        JSON values. `model_flops_utilisation` is the FLOPs of the model's products and attention a
+        second (causal attention counted by half) over this device's rate of the same products
+        alone. Nothing is sent in one process, so communication is not measured.
+
+    Raises:
+        OutOfMemoryError: Not even the smallest batch ran.
+        SettingsError: The model's shape cannot be known, or a measurement failed.
+    """
+    codes, side, text_width = transformer_surroundings(run)
+    config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
+    tried: list[dict[str, Any]] = []
+    micro_batch = run.batch.micro_batch_images
+    if find_micro_batch:
+        micro_batch, tried = _largest_micro_batch(run, config, words, memory_gib)
+    parameters = latent_gpt_parameters(run.transformer, codes, side * side, text_width)
+    names = ("lgpt", *(PEERS if with_peers else ()))
+    task = _task(run, config, micro_batch, words, steps)
+    seen, product_seconds = _measured_in_turns({**task, "parameters": parameters}, names, rounds)
+    flops = model_flops(config, micro_batch, words)
+    products_flops = _product_flops(config, micro_batch)
+    rate = products_flops / statistics.median(product_seconds)
+    contestants = {name: _summary(runs, micro_batch, config) for name, runs in seen.items()}
+    ours = contestants["lgpt"]
+    return {
+        "name": run.name,
+        "parameters": parameters,
+        "layers": config.layers,
+        "hidden": config.hidden,
+        "codes": codes,
+        "tokens_per_image": config.num_tokens,
+        "words": words,
+        "micro_batch": micro_batch,
+        "micro_batches_tried": tried,
+        "precision": run.training.precision,
+        "blocks": run.blocks.model_dump(),
+        "threads": seen["lgpt"][0]["threads"],
+        "rounds": rounds,
+        "steps": steps,
+        "model_flops": flops,
+        "product_flops_per_second": rate,
+        "model_flops_utilisation": flops / ours["step_seconds"] / rate,
+        "contestants": contestants,
+        "ratios": {
+            name: {
+                "images_per_second": statistics.median(
+                    _step_seconds(theirs) / _step_seconds(mine)
+                    for mine, theirs in zip(seen["lgpt"], seen[name])
+                ),
+                "peak_bytes": ours["peak_bytes"] / contestants[name]["peak_bytes"],
+            }
+            for name in names[1:]
+        },
+    }
+
+
+def _measured_in_turns(
+    task: dict[str, Any], names: tuple[str, ...], rounds: int
+) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
+    """Every contestant once a round, and the products alone."""
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    product_seconds = []
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            seen[name].append(_measured({**task, "what": name}))
+        product_seconds.append(_measured({**task, "what": "products"})["seconds"])
+    return seen, product_seconds
+
+
+def _task(
+    run: TransformerRun, config: LatentGPTConfig, micro_batch: int, words: int, steps: int
+) -> dict[str, Any]:
+    one_step = BatchSettings(global_batch_images=micro_batch, micro_batch_images=micro_batch)
+    batched = run.model_copy(update={"batch": one_step})
+    return {
+        "what": "lgpt",
+        "model": dataclasses.asdict(config),
+        "blocks": run.blocks.model_dump(),
+        "optimizer": run.optimizer.model_dump(),
+        "deepspeed": resolve_deepspeed_config(batched, 1),
+        "precision": run.training.precision,
+        "dtype": "bfloat16" if run.training.precision == "bf16" else "float32",
+        "micro_batch": micro_batch,
+        "words": words,
+        "steps": steps,
+    }
+
+
+def _measured(task: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "lgpt.training.bench_train_process", json.dumps(task)]
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in launched}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == 0:
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
+    words = f"{task['what']} with {task['micro_batch']} pictures"
+    # The kernel ends a process that takes too much with signal 9.
+    if done.returncode == -9 or "OutOfMemoryError" in done.stderr or "memory" in done.stderr[-500:]:
+        raise OutOfMemoryError(f"{words} did not fit; give a smaller batch.micro_batch_images=.")
+    told = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    raise SettingsError(f"{words} cannot be measured: {told}")
+
+
+def _largest_micro_batch(
+    run: TransformerRun, config: LatentGPTConfig, words: int, memory_gib: Optional[float]
+) -> tuple[int, list[dict[str, Any]]]:
+    """1, 2, 4, ...: on a CPU stopped before the next would take more than there is."""
+    limit = memory_gib * _GIB if memory_gib is not None else _free_bytes()
+    tried: list[dict[str, Any]] = []
+    size = 1
+    while limit is None or _expected_bytes(tried, size) < limit:
+        try:
+            peak = _measured(_task(run, config, size, words, 1))["peak_bytes"]
+        except OutOfMemoryError:
+            break
+        tried.append({"micro_batch": size, "peak_bytes": peak})
+        _log.info("micro batch %d: %.2f GiB", size, peak / _GIB)
+        size *= 2
+    if not tried:
+        raise OutOfMemoryError("Not even one picture fits; take a smaller model or more memory.")
+    return tried[-1]["micro_batch"], tried
+
+
+def _expected_bytes(tried: list[dict[str, Any]], size: int) -> float:
+    """On the line through the last two sizes; twice the last where there is only one."""
+    if len(tried) < 2:
+        return 2.0 * tried[-1]["peak_bytes"] if tried else 0.0
+    (small, less), (large, more) = ((t["micro_batch"], t["peak_bytes"]) for t in tried[-2:])
+    return float(more + (more - less) / (large - small) * (size - large))
+
+
+def _free_bytes() -> Optional[float]:
+    """Nine tenths of what a CPU has free; None on a GPU, whose allocator says when it is full."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    try:
+        return 0.9 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError) as error:
+        raise SettingsError(
+            f"this system does not say how much memory is free ({error}); give --memory-gib."
+        ) from None
+
+
+def _product_flops(config: LatentGPTConfig, micro_batch: int) -> float:
+    rows = micro_batch * config.num_tokens
+    return sum(6.0 * rows * i * o * count for i, o, count in product_shapes(config))
+
+
+def model_flops(config: LatentGPTConfig, micro_batch: int, words: int) -> float:
+    """Floating-point operations of one step that the model needs; recomputation is not counted.
+
+    6 a weight and row for the products; 12 L D a token for full attention's scores and sums, of
+    which causal attention needs half.
+    """
+    tokens, width, layers = config.num_tokens, config.hidden, config.layers
+    seen_words = 1 + (words if config.text_width else 0)
+    text_products = 6.0 * micro_batch * seen_words * (config.text_width or width) * 2 * width
+    attention = micro_batch * tokens * width * (6.0 * tokens + 12.0 * seen_words)
+    return _product_flops(config, micro_batch) + layers * (text_products + attention)
+
+
+def _step_seconds(measured: dict[str, Any]) -> float:
+    return statistics.median(sum(parts.values()) for parts in measured["parts"])
+
+
+def _summary(
+    runs: list[dict[str, Any]], micro_batch: int, config: LatentGPTConfig
+) -> dict[str, Any]:
+    steps = [parts for measured in runs for parts in measured["parts"]]
+    seconds = statistics.median(sum(parts.values()) for parts in steps)
+    return {
+        "step_seconds": seconds,
+        "images_per_second": micro_batch / seconds,
+        "tokens_per_second": micro_batch * config.num_tokens / seconds,
+        "peak_bytes": max(measured["peak_bytes"] for measured in runs),
+        **{f"{part}_seconds": statistics.median(p[part] for p in steps) for part in PARTS},
+    }
+
+
+def train_table(result: dict[str, Any]) -> Table:
+    """The result of `bench_train` for people."""
+    table = Table(
+        title=f"Training step of {result['name']}: {result['parameters']:,} parameters, "
+        f"{result['micro_batch']} pictures of {result['tokens_per_image']} tokens"
+    )
+    columns = ("", "images/s", "tokens/s", "step s", *PARTS, "peak GiB", "images/s of ours")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for name, c in result["contestants"].items():
+        ratio = result["ratios"].get(name, {}).get("images_per_second")
+        table.add_row(
+            name,
+            f"{c['images_per_second']:.3f}",
+            f"{c['tokens_per_second']:.0f}",
+            f"{c['step_seconds']:.3f}",
+            *(f"{c[part + '_seconds']:.3f}" for part in PARTS),
+            f"{c['peak_bytes'] / _GIB:.2f}",
+            "" if ratio is None else f"{ratio:.2f}x",
+        )
+    table.caption = (
+        f"model-FLOPs utilisation {result['model_flops_utilisation']:.1%} of "
+        f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s of its matrix products alone; "
+        "one process, so nothing is sent"
+    )
+    return table

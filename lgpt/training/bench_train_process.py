@@ -1,0 +1,150 @@
+"""One measurement of `lgpt bench train`, in a process of its own: times, memory, product rate.
+
+Started as `python -m lgpt.training.bench_train_process`; reads its task as JSON from the first
+argument and prints its result as JSON on the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from lgpt.core.distributed import seed_everything
+from lgpt.engine.blocks import apply_block_settings
+from lgpt.engine.build import build_engine, parameter_dtype
+from lgpt.engine.memory import peak_bytes
+from lgpt.engine.start import afford_bf16, device_of_this_rank, start_process_group
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.settings.blocks import BlockSettings
+from lgpt.settings.training import OptimizerSettings
+from lgpt.training.bench_peers import PeerStep
+
+PARTS = ("data", "forward", "backward", "optimizer")
+_PRODUCT_REPEATS = 3
+
+
+class OurStep:
+    """LatentGPT in its DeepSpeed engine, as `lgpt train` runs it."""
+
+    def __init__(self, task: dict[str, Any], config: LatentGPTConfig) -> None:
+        device = start_process_group()
+        if task["precision"] == "bf16":
+            afford_bf16(device)
+        model = LatentGPT(config)
+        apply_block_settings(model, BlockSettings(**task["blocks"]))
+        self.engine = build_engine(model, OptimizerSettings(**task["optimizer"]), task["deepspeed"])
+        self.engine.train()
+        self.device = device
+
+    def text(self, batch: int, words: int, width: Any) -> tuple[Any, ...]:
+        nobody = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        if width is None:
+            return None, None, nobody
+        dtype = parameter_dtype(self.engine)
+        text = torch.randn(batch, words, width, device=self.device).to(dtype)
+        return text, torch.ones(batch, words, dtype=torch.bool, device=self.device), nobody
+
+    def forward(self, tokens: Tensor, text: Any) -> Tensor:
+        loss: Tensor = self.engine(tokens, *text[:2], targets=tokens, null_text=text[2])
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        self.engine.step()
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of each part of each step, and the most memory of this process."""
+    config = LatentGPTConfig.from_dict(task["model"])
+    device = device_of_this_rank()
+    seed_everything(0)
+    if task["what"] == "products":
+        return {"seconds": _seconds_of_products(config, task["micro_batch"], device, task["dtype"])}
+    step: Any
+    if task["what"] == "lgpt":
+        step = OurStep(task, config)
+    else:
+        step = PeerStep(task["what"], config, task["parameters"], device)
+    steps = [_one_step(step, task, config, device) for _ in range(1 + task["steps"])]
+    return {
+        "parts": steps[1:],
+        "peak_bytes": peak_bytes(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _one_step(
+    step: Any, task: dict[str, Any], config: LatentGPTConfig, device: torch.device
+) -> dict[str, float]:
+    batch = task["micro_batch"]
+    times = [_now(device)]
+    tokens = torch.randint(config.codebook_size, (batch, config.num_tokens), device=device)
+    text = step.text(batch, task["words"], config.text_width)
+    times.append(_now(device))
+    loss = step.forward(tokens, text)
+    times.append(_now(device))
+    step.backward(loss)
+    times.append(_now(device))
+    step.step()
+    times.append(_now(device))
+    return {part: after - before for part, before, after in zip(PARTS, times, times[1:])}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def product_shapes(config: LatentGPTConfig) -> list[tuple[int, int, int]]:
+    """(inputs, outputs, how often) of the products over image tokens in one forward pass."""
+    width, inner = config.hidden, config.mlp_hidden or 4 * config.hidden
+    up = 2 * inner if config.mlp == "swiglu" else inner
+    layers = config.layers
+    return [
+        (width, 3 * width, layers),
+        (width, width, 3 * layers),  # out, and cross-attention's query and out
+        (width, up, layers),
+        (inner, width, layers),
+        (width, config.codebook_size, 1),
+    ]
+
+
+def _seconds_of_products(
+    config: LatentGPTConfig, micro_batch: int, device: torch.device, dtype_name: str
+) -> float:
+    """Seconds that a step's matrix products alone take: forward, and two each in backward."""
+    rows, dtype = micro_batch * config.num_tokens, getattr(torch, dtype_name)
+    total = 0.0
+    for inputs, outputs, count in product_shapes(config):
+        x = torch.randn(rows, inputs, device=device).to(dtype)
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        slope = torch.randn(rows, outputs, device=device).to(dtype)
+        for product in (
+            lambda x=x, w=weight: x @ w.t(),
+            lambda g=slope, w=weight: g @ w,
+            lambda g=slope, x=x: g.t() @ x,
+        ):
+            total += count * _best_seconds(product, device)
+    return total
+
+
+def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    work()
+    best = float("inf")
+    for _ in range(_PRODUCT_REPEATS):
+        started_at = _now(device)
+        work()
+        best = min(best, _now(device) - started_at)
+    return best
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))), flush=True)

@@ -1,0 +1,108 @@
+"""`lgpt bench train`: its counts against torch's counter, its peers, and a real small run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lgpt.core.errors import SettingsError
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.settings.run import load_run_settings
+from lgpt.training import bench_train as bench
+from lgpt.training.bench_peers import PEERS, PeerStep, build_peer, count_parameters
+
+SMALL = LatentGPTConfig(64, 4, 4, 24, layers=2, hidden=32, heads=2, attention="sdpa")
+FULL = LatentGPTConfig(16384, 16, 16, 512)
+
+
+def test_model_flops_are_those_that_torch_counts() -> None:
+    model = LatentGPT(SMALL)
+    tokens, text = torch.randint(64, (3, 16)), torch.randn(3, 5, 24)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, text, targets=tokens).backward()
+    # The plain kernel computes also what causal attention masks; we count half of its 16 x 16.
+    masked = 3 * 4.0 * 3 * 32 * 2 * 16 * 16 / 2
+    assert bench.model_flops(SMALL, 3, 5) == counter.get_total_flops() - masked
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_full_size_peers_have_our_parameters_within_three_percent(name: str) -> None:
+    with torch.device("meta"):
+        ours = LatentGPT(FULL).num_parameters()
+        theirs = count_parameters(build_peer(name, FULL, ours))
+    assert theirs == pytest.approx(ours, rel=0.03)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_learn_one_batch(name: str) -> None:
+    torch.manual_seed(0)
+    step = PeerStep(name, SMALL, 120_000, torch.device("cpu"))
+    for group in step.optimizer.param_groups:
+        group["lr"] = 1e-2
+    tokens, text = torch.randint(64, (2, 16)), step.text(2, 5, 24)
+    losses = []
+    for _ in range(15):
+        loss = step.forward(tokens, text)
+        step.backward(loss)
+        step.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(math.log(64), rel=0.02)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_peer_that_cannot_be_as_small_says_so() -> None:
+    with pytest.raises(SettingsError, match=r"llamagen cannot have 9,000 .*at least .*--peers"):
+        build_peer("llamagen", SMALL, 9_000)
+
+
+def test_micro_batch_doubles_until_the_next_would_take_too_much(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
+    run = load_run_settings(path, environ={})
+    gib = 2**30
+
+    def measured(task: dict[str, Any]) -> dict[str, Any]:
+        return {"peak_bytes": gib + task["micro_batch"] * gib // 4}
+
+    monkeypatch.setattr(bench, "_measured", measured)
+    largest, tried = bench._largest_micro_batch(run, SMALL, 5, memory_gib=4.0)
+    assert largest == 8  # 3 GiB; 16 would take 5
+    assert [one["micro_batch"] for one in tried] == [1, 2, 4, 8]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    vqvae = {"source": "custom", "checkpoint": "x", "codebook_size": 999, "downsample_factor": 4}
+    transformer = {"layers": 8, "hidden": 64, "heads": 2}
+    return tiny.transformer_run(folder, 4, vqvae=vqvae, transformer=transformer)
+
+
+@pytest.mark.slow
+def test_a_real_run_beside_its_peers(tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
+    run = load_run_settings(path, ["deepspeed=zero2_bf16"], environ={})
+    result = bench.bench_train(
+        run,
+        steps=2,
+        rounds=1,
+        words=5,
+        with_peers=True,
+        find_micro_batch=False,
+        memory_gib=None,
+    )
+    assert set(result["contestants"]) == {"lgpt", *PEERS}
+    for one in result["contestants"].values():
+        parts = sum(one[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer"))
+        assert parts == pytest.approx(one["step_seconds"], rel=0.5)
+        assert one["images_per_second"] == pytest.approx(2 / one["step_seconds"])
+        assert one["peak_bytes"] > 2**26
+    assert 0 < result["model_flops_utilisation"] < 1
+    assert set(result["ratios"]) == set(PEERS)
+    assert bench.train_table(result).row_count == 3
