@@ -50,16 +50,24 @@ def test_a_stopped_and_resumed_run_repeats_the_losses_of_one_that_was_not(result
         assert stopped.startswith("StoppedEarly: Stopped by")
         assert "after step 3 of 6" in stopped
     expected, got = (steps_of(folder / "runs" / name) for name in ("straight", "stopped"))
-    assert [step for step, _, _ in got] == [1, 2, 3, 4, 5, 6]
+    assert [metrics["step"] for metrics in got] == [1, 2, 3, 4, 5, 6]
     assert got == expected
-    assert len({loss for _, loss, _ in got}) == 6
+    assert len({metrics["recon_loss"] for metrics in got}) == 6
+    # The discriminator too: from step 2 on, with other numbers at every step.
+    assert len({metrics.get("discriminator_loss") for metrics in got}) == 6
+    assert ["adversarial_weight" in metrics for metrics in got] == [False] * 2 + [True] * 4
 
 
-def steps_of(run_folder: Path) -> list[tuple[int, float, float]]:
-    """Step, loss and gradient norm of every step that was logged."""
+def steps_of(run_folder: Path) -> list[dict[str, float]]:
+    """Losses, weights and gradient norms of every step that was logged."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    parts = ("step", "loss", "weight", "norm", "logits")
     return [
-        (line["step"], line["recon_loss"], line["gradient_norm"])
+        {
+            name: value
+            for name, value in line.items()
+            if name.startswith("logits") or name.endswith(parts)
+        }
         for line in lines
         if "recon_loss" in line
     ]

@@ -52,6 +52,17 @@ def a_machine_that_looks_fast_to_rank_1_only() -> bool:
     return start.afford_bf16(torch.device("cpu"))
 
 
+# It learns from step 2 on and counts from step 3 on; the stop comes after step 3.
+DISCRIMINATOR = {
+    "layers": 1,
+    "channels": 16,
+    "start_step": 2,
+    "warmup_steps": 1,
+    "adaptive_weight": True,
+    "lecam_weight": 0.05,
+}
+
+
 def run_of(home: Path, name: str, *overrides: str, **changes: Any) -> RunSettings:
     config = tiny.vqvae_run(
         home,
@@ -59,6 +70,8 @@ def run_of(home: Path, name: str, *overrides: str, **changes: Any) -> RunSetting
         name=name,
         vqvae={**tiny.VQVAE, "dropout": 0.1},  # draws from every rank's own generator
         tracking={"enabled": False},
+        loss={"adversarial": "hinge"},
+        discriminator=DISCRIMINATOR,
         **changes,
     )
     path = tiny.write(home / f"{name}_{rank()}.yaml", config)
