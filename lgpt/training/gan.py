@@ -150,6 +150,11 @@ class Adversary:
             "logits_fake": fake.detach().mean(),
         }
 
+    def trial(self, images: Tensor, reconstruction: Tensor) -> None:
+        """Forward and backward as large as `learn`'s, to the pictures alone; changes nothing."""
+        both = torch.cat([images.detach(), reconstruction.to(images.dtype)]).requires_grad_()
+        torch.autograd.grad(self.engine.module(both).float().mean(), both)
+
     def gradient_norm(self) -> float:
         """Global norm of the discriminator's last step before clipping; inf when it was skipped."""
         return gradient_norm(self.engine)

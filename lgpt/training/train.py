@@ -25,6 +25,7 @@ from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.loop import Progress, run_training
 from lgpt.training.train_transformer import TransformerTask
 from lgpt.training.train_vqvae import VqvaeTask
+from lgpt.training.trial_batch import refuse_what_does_not_fit
 
 _log = get_logger(__name__)
 Task = Union[TransformerTask, VqvaeTask]
@@ -81,6 +82,8 @@ def _train_from(
     if first_weights is not None:
         set_masters(task.engine, first_weights)
         del first_weights
+    if isinstance(task, VqvaeTask) and device.type == "cuda":
+        refuse_what_does_not_fit(task.trial_batch, run.batch, device)
     seed_everything(run.seed, rank())
     progress = Progress() if newest is None else _resume(run, task, newest)
     _write_run_folder(run, ds_config, task)

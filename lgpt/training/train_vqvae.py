@@ -170,6 +170,30 @@ class VqvaeTask:
         parts.update(balance)
         return (output.reconstruction.float() * gradient).sum() + latent_loss, seen, parts
 
+    def trial_batch(self, images: int) -> None:
+        """One micro batch of noise through both players and back to the pictures.
+
+        The bare modules are called, and no parameter gets a gradient, so that nothing of it is left
+        in the engines; room is taken for the gradients that a real step keeps.
+        """
+        self.engine.train()
+        side, dtype = self.run.data.resolution, parameter_dtype(self.engine)
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):  # dropout draws
+            pictures = torch.rand(images, 3, side, side, device=self.device) * 2 - 1
+            pictures = pictures.to(dtype).requires_grad_()
+            # Gradients in bf16, and the float32 sums of this rank's share.
+            byte_count = 2 * self.num_parameters + 4 * self.num_parameters // world_size()
+            room = torch.empty(byte_count, dtype=torch.uint8, device=self.device)
+            output = self.engine.module(pictures)
+            loss, seen, _ = self._vqvae_loss(pictures.detach(), output, self.run.training.max_steps)
+            torch.autograd.grad(loss, pictures)
+            del output, loss
+            if self.adversary is not None:
+                self.adversary.trial(pictures, seen.detach())
+            del room
+        self.model.quantize.begin_step()
+
     def _training_images(self, places: np.ndarray) -> torch.Tensor:
         images = self._to_device(self.train_images.items(*self._items_and_crops(places)))
         next_step = places + self.run.batch.global_batch_images

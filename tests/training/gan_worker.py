@@ -46,6 +46,7 @@ def run_case(config: Path, case: dict[str, Any]) -> dict[str, Any]:
     task = VqvaeTask(run, torch.device("cpu"))
     task.build_engines(ds_config_of(run, case["stage"]))
     seed_everything(run.seed, rank())
+    task.trial_batch(run.batch.micro_batch_images)  # plain PyTorch does without
     metrics = []
     for step in range(run.training.max_steps):
         set_learning_rate(task.engine, run.optimizer.learning_rate)

@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     for accumulation in (1, 2)
     for stage in (1, 2, 3)
     for precision in ("fp32", "bf16")
-    # lgpt refuses stage 1 in bf16; in bf16 one case a stage is enough.
+    # In bf16 one case of stages 2 and 3 is enough.
     if precision == "fp32" or (stage > 1 and recipe == "adaptive" and accumulation == 2)
 }
 
