@@ -26,14 +26,14 @@ def load_into_a_full_device(*_: Any) -> None:
 
 @pytest.mark.parametrize(
     ("part", "fake"),
-    [("build_engine", run_out_of_memory), ("_resume", load_into_a_full_device)],
+    [("VqvaeTask.build_engines", run_out_of_memory), ("_resume", load_into_a_full_device)],
 )
 def test_a_full_device_is_told_even_before_the_first_step(tmp_path, monkeypatch, part, fake):
     config = tiny.write(tmp_path / "run.yaml", tiny.vqvae_run(tmp_path, 4))
     run = load_run_settings(config, environ={})
     monkeypatch.setattr(training, "start_process_group", lambda: torch.device("cpu"))
-    monkeypatch.setattr(training, "newest_checkpoint", lambda folder: tmp_path / "step_4")
-    monkeypatch.setattr(training, "build_engine", lambda *_: None)
-    monkeypatch.setattr(training, part, fake)
+    monkeypatch.setattr(training, "find_whole_checkpoint", lambda folder: tmp_path / "step_4")
+    monkeypatch.setattr(training.VqvaeTask, "build_engines", lambda *_: None)
+    monkeypatch.setattr(f"lgpt.training.train.{part}", fake)
     with pytest.raises(OutOfMemoryError, match=r"micro_batch_images 2; lower it.*said: CUDA out"):
         training.train(run, {})
