@@ -6,6 +6,7 @@ What DeepSpeed's does not do is in our time: sha256 of what was written, and fsy
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import subprocess
@@ -41,7 +42,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Measured:
-    """One run of a command; `error` is its last line where it failed."""
+    """One run of a command; `error` is its message where it failed."""
 
     seconds: float
     peak_bytes: Optional[int]
@@ -223,8 +224,13 @@ def _measure(arguments: Sequence[str]) -> _Measured:
         seconds = time.perf_counter() - started_at
         told.seek(0)
         lines = [line.strip() for line in told if line.strip()]
-    error = None if process.returncode == 0 else (lines or ["no message"])[-1]
-    return _Measured(seconds, peak, error)
+    return _Measured(seconds, peak, None if process.returncode == 0 else _error_among(lines))
+
+
+def _error_among(lines: Sequence[str]) -> str:
+    """What a command failed with: the exception that ends a traceback, or its last line."""
+    ends = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return " ".join(lines[ends[-1] if ends else -1 :])[:400] or "no message"
 
 
 def _peak_of(pid: int) -> Optional[int]:
