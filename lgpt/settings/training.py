@@ -71,6 +71,11 @@ class CheckpointSettings(Section):
         description="what a full disk between two steps does: end the run (the old checkpoints are "
         "whole), or train on and try again at the next save; the last save must work",
     )
+    resume: Literal["config", "checkpoint", "ask"] = Field(
+        "config",
+        description="whose optimizer, schedule and batch hold when a run goes on and the two "
+        "differ; ask = on the terminal, and without one refuse",
+    )
 
 
 class TrackingSettings(Section):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 
 from lgpt.checkpoint.export import convert_run
-from lgpt.checkpoint.store import find_whole_checkpoint, load_checkpoint
+from lgpt.checkpoint.store import find_whole_checkpoint
 from lgpt.checkpoint.warm_start import load_first_weights
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
 from lgpt.core.errors import OutOfMemoryError, SettingsError
@@ -19,10 +18,12 @@ from lgpt.core.logging import get_logger
 from lgpt.engine.build import set_masters
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.engine.start import afford_bf16, start_process_group
+from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tags
 from lgpt.settings.run import run_folder_texts
 from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.loop import Progress, run_training
+from lgpt.training.resume import Resume, decide_resume, load_resume
 from lgpt.training.train_transformer import TransformerTask
 from lgpt.training.train_vqvae import VqvaeTask
 from lgpt.training.trial_batch import refuse_what_does_not_fit
@@ -47,11 +48,15 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
     if run.training.precision == "bf16":
         afford_bf16(device)
     newest = find_whole_checkpoint(run.run_folder)
-    if newest is None:
+    resume = None if newest is None else decide_resume(run, newest)
+    if resume is None:
         # First thing. A run that goes on keeps its files until nothing refuses the new start.
         _write_run_folder(run, ds_config)
+    elif resume.effective != run:
+        run = resume.effective
+        ds_config = resolve_deepspeed_config(run, world_size())
     try:
-        _train_from(newest, run, ds_config, device)
+        _train_from(resume, run, ds_config, device)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             "The device ran out of memory with batch.micro_batch_images "
@@ -62,9 +67,9 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
 
 
 def _train_from(
-    newest: Optional[Path], run: RunSettings, ds_config: dict[str, Any], device: torch.device
+    resume: Optional[Resume], run: RunSettings, ds_config: dict[str, Any], device: torch.device
 ) -> None:
-    """Build everything, load the newest checkpoint where there is one, and train to the end."""
+    """Build everything, load the checkpoint where there is one, and train to the end."""
     seed_everything(run.seed)  # the same weights on every rank
     task: Task = VqvaeTask(run, device) if isinstance(run, Phase2) else TransformerTask(run, device)
     if is_rank_zero():
@@ -77,7 +82,7 @@ def _train_from(
             world_size(),
             device.type,
         )
-    first_weights = _load_first_weights(run, task) if newest is None else None
+    first_weights = _load_first_weights(run, task) if resume is None else None
     task.build_engines(ds_config)
     if first_weights is not None:
         set_masters(task.engine, first_weights)
@@ -85,7 +90,7 @@ def _train_from(
     if isinstance(task, VqvaeTask) and device.type == "cuda":
         refuse_what_does_not_fit(task.trial_batch, run.batch, device)
     seed_everything(run.seed, rank())
-    progress = Progress() if newest is None else _resume(run, task, newest)
+    progress = Progress() if resume is None else Progress(**load_resume(resume, task))
     _write_run_folder(run, ds_config, task)
     tracker = _start_tracking(run, task, progress) if is_rank_zero() else None
     try:
@@ -136,19 +141,6 @@ def _write_run_folder(
             f"the run folder {run.run_folder} cannot be written ({error.strerror}: "
             f"{error.filename}); give another runs_folder=."
         ) from error
-
-
-def _resume(run: RunSettings, task: Task, folder: Path) -> Progress:
-    """Load a checkpoint of the run folder into the engines."""
-    state = load_checkpoint(task.engines(), folder)
-    progress = Progress(**state)
-    if progress.step > run.training.max_steps:
-        raise SettingsError(
-            f"The newest checkpoint of {run.name} is at step {progress.step}, beyond "
-            f"training.max_steps ({run.training.max_steps}); raise max_steps or give another name=."
-        )
-    _log.info("Going on from %s: %d steps are done.", folder, progress.step)
-    return progress
 
 
 def _finish(run: RunSettings, progress: Progress) -> None:

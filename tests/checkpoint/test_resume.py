@@ -1,0 +1,162 @@
+"""Runs that go on: the steps that would have come, and the numbers that were chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from forked_ranks import ForkedRanks, forked_ranks
+
+from lgpt.checkpoint.deepspeed_files import read_safely
+from lgpt.checkpoint.manifest import read_manifest
+from lgpt.checkpoint.resume_diff import facts_rows, settings_rows, settled, table_of
+from lgpt.settings.run import load_run_settings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Iterator[ForkedRanks]:
+    with forked_ranks(folder) as server:
+        yield server
+
+
+def steps_of(run_folder: Path) -> list[dict[str, float]]:
+    """What every step computed, without what the clock or the machine decides."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    by_clock = ("second", "gib", "time")
+    return [
+        {name: v for name, v in line.items() if not any(word in name for word in by_clock)}
+        for line in lines
+    ]
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for each in value for t in tensors_in(each)] if isinstance(value, list) else []
+
+
+CASES = [
+    ("vqvae", "zero2_bf16", "bf16"),
+    ("vqvae", "zero3_bf16", "fp32"),
+    ("transformer", "zero2_bf16", "fp32"),
+    ("transformer", "zero3_bf16", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("trains", "deepspeed", "precision"), CASES)
+def test_the_next_fifty_steps_are_those_of_a_run_that_was_never_interrupted(
+    ranks, folder, trains, deepspeed, precision
+):
+    name = f"{trains}-{deepspeed}-{precision}"
+    changes = {
+        "deepspeed": deepspeed,
+        "training": {"max_steps": 54, "precision": precision, "validate_every": 20},
+        "checkpoint": {"every_steps": 4, "keep_every": 4},
+    }
+    straight = folder / "runs" / name
+    assert ranks.train(tiny_runs.write_run(folder, name, trains, **changes)).codes == [0, 0]
+    resumed = folder / "runs" / f"{name}-resumed"
+    (resumed / "checkpoints").mkdir(parents=True)
+    shutil.copytree(straight / "checkpoints" / "step_4", resumed / "checkpoints" / "step_4")
+    shutil.copy(straight / "metrics.jsonl", resumed)
+    outcome = ranks.train(tiny_runs.write_run(folder, resumed.name, trains, **changes))
+    assert outcome.codes == [0, 0], outcome.log[-3000:]
+    assert f"Going on from {resumed}/checkpoints/step_4" in outcome.log
+    expected, got = steps_of(straight), steps_of(resumed)
+    assert len({line.get("ce_loss", line.get("recon_loss")) for line in got}) > 50
+    assert got == expected
+    for shard in (straight / "checkpoints" / "step_54").glob("model/*optim*"):
+        other = resumed / "checkpoints" / "step_54" / "model" / shard.name
+        ours, theirs = tensors_in(read_safely(shard)), tensors_in(read_safely(other))
+        assert len(ours) >= 8  # masters, two moments and steps of two groups
+        assert all(map(torch.equal, ours, theirs))
+    place = read_manifest(resumed / "checkpoints" / "step_54").facts["place"]
+    assert (place["next_image"], place["epoch"], place["next_image_of_epoch"]) == (432, 21, 12)
+
+
+@pytest.mark.parametrize("deepspeed", ["zero2_bf16", "zero3_bf16"])
+def test_the_chosen_numbers_hold_whatever_deepspeed_puts_back(ranks, folder, deepspeed):
+    """DeepSpeed alone gives back the file's weight decay, betas and (ZeRO-2) clipping."""
+    name = f"numbers-{deepspeed}"
+    config = tiny_runs.write_run(
+        folder,
+        name,
+        "vqvae",
+        deepspeed=deepspeed,
+        training={"max_steps": 2},
+        schedule={"warmup_steps": 1},
+    )
+    assert ranks.train(config).codes == [0, 0]
+    changed = ("optimizer.weight_decay=0.5", "optimizer.beta1=0.8", "optimizer.beta2=0.9")
+    changed = (*changed, "optimizer.gradient_clipping=0.25", "schedule.decay=linear")
+    run_folder = folder / "runs" / name
+    for choice, decay, beta1, clipping, step in (
+        ("checkpoint", 0.05, 0.9, 1.0, 3),
+        ("config", 0.5, 0.8, 0.25, 4),
+    ):
+        (run_folder / "DONE").unlink()
+        outcome = ranks.train(
+            config, f"training.max_steps={step}", *changed, f"checkpoint.resume={choice}"
+        )
+        assert outcome.codes == [0, 0], outcome.log[-3000:]
+        facts = read_manifest(run_folder / "checkpoints" / f"step_{step}").facts
+        numbers = facts["hyperparameters"]["model"]
+        assert [group["weight_decay"] for group in numbers["groups"]] == [decay, 0.0]
+        assert [group["betas"][0] for group in numbers["groups"]] == [beta1, beta1]
+        assert numbers["gradient_clipping"] == clipping
+        told = load_run_settings(run_folder, environ={})
+        assert (told.optimizer.weight_decay, told.optimizer.beta1) == (decay, beta1)
+        row = next(
+            line for line in outcome.log.splitlines() if "weight decay of group 0" in line
+        ).split()
+        assert row[-3:] == ["0.5", "0.05", f"{decay:g}"]
+    (run_folder / "DONE").unlink()
+    refused = ranks.train(config, "training.max_steps=5", "checkpoint.resume=ask")
+    assert refused.codes == [2, 2]
+    assert "optimizer.weight_decay 0.05 -> 0.5" in refused.log
+    assert "give checkpoint.resume=config or checkpoint.resume=checkpoint" in refused.log
+    other = ranks.train(config, "training.max_steps=5", "seed=7", "checkpoint.resume=checkpoint")
+    assert other.codes == [3, 3]
+    assert "was trained on something else: seed (was 0, is 7)" in other.log
+
+
+def test_the_diff_has_every_number_of_the_three(tmp_path):
+    old = load_run_settings(
+        tiny_runs.write_run(tmp_path, "a", "vqvae", optimizer={"weight_decay": 0.1}), environ={}
+    )
+    new = load_run_settings(tiny_runs.write_run(tmp_path, "b", "vqvae", seed=3), environ={})
+    effective = settled(new, old, "checkpoint")
+    assert effective.optimizer.weight_decay == 0.1
+    assert effective.seed == 3
+    rows = {row.name: row for row in settings_rows(new, old, effective)}
+    assert rows["seed"].is_content
+    assert rows["batch.micro_batch_images"].differs is False
+    decay = rows["optimizer.weight_decay"]
+    assert (decay.config, decay.checkpoint, decay.effective) == (0.05, 0.1, 0.1)
+    built = {"model": {"groups": [{"weight_decay": 0.1}, {"weight_decay": 0.0}]}}
+    facts = {"hyperparameters": {"model": {"groups": [{"weight_decay": 0.1}]}}, "content": {}}
+    group, bare, data, code = facts_rows(
+        new, facts, built, {"training_pictures": "f" * 64}, {"lgpt": "1", "commit": "c" * 40}
+    )
+    assert (group.config, group.checkpoint, group.effective) == (0.05, 0.1, 0.1)
+    assert (bare.config, bare.checkpoint, bare.effective) == (0.0, None, 0.0)
+    assert data.is_content
+    assert code.config == "1 (cccccccccccc)"
+    table = table_of([decay, data])
+    assert table.splitlines()[0].split("  ")[-1] == "effective"
+    assert "*  optimizer.weight_decay" in table
