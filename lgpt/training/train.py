@@ -22,6 +22,7 @@ from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tags
 from lgpt.settings.run import run_folder_texts
 from lgpt.tracking.run_tracker import RunTracker
+from lgpt.training.launcher_watch import LauncherWatch
 from lgpt.training.loop import Progress, run_training
 from lgpt.training.resume import Resume, decide_resume, load_resume
 from lgpt.training.train_transformer import TransformerTask
@@ -56,7 +57,8 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
         run = resume.effective
         ds_config = resolve_deepspeed_config(run, world_size())
     try:
-        _train_from(resume, run, ds_config, device)
+        with LauncherWatch():
+            _train_from(resume, run, ds_config, device)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             "The device ran out of memory with batch.micro_batch_images "
