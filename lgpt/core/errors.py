@@ -6,6 +6,7 @@
     ├── CheckpointError       3   a checkpoint, model folder or foreign weight file is unusable
     ├── DivergedError         4   the loss is no longer finite
     ├── OutOfMemoryError      4   a batch does not fit on the device
+    ├── RankLostError         4   another rank was killed, often for its memory
     └── StoppedEarly          75  stopped by a signal, a checkpoint is saved: run it again
 
 The command line prints the message without a traceback and exits with the code. Anything else that
@@ -66,6 +67,12 @@ class DivergedError(LgptError):
 
 class OutOfMemoryError(LgptError):
     """The batch does not fit on the device."""
+
+    exit_code = 4
+
+
+class RankLostError(LgptError):
+    """Another rank is gone, and this one cannot go on without it."""
 
     exit_code = 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,14 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because the process at its other end is gone."""
+    # gloo has no exception of its own; NCCL has one.
+    return isinstance(error, dist.DistBackendError) or bool(
+        re.search(r"gloo.*(closed by peer|reset by peer|Broken pipe)|recvFully|writev", str(error))
+    )
 
 
 def gather_to_rank_zero(value: Any) -> list[Any]:

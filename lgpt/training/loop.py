@@ -299,13 +299,14 @@ class _Loop:
         except CheckpointError as error:  # on all ranks
             if self.run.checkpoint.on_failed_save == "stop":
                 raise
-            _log.warning(
-                "%s. Training goes on (checkpoint.on_failed_save: continue); a kill before the "
-                "next save, after %d more steps, loses all steps since %s.",
-                error,
-                self.run.checkpoint.every_steps,
-                newest_checkpoint(self.run.run_folder) if is_rank_zero() else "the last one",
-            )
+            if is_rank_zero():
+                _log.warning(
+                    "%s. Training goes on (checkpoint.on_failed_save: continue); a kill before the "
+                    "next save, after %d more steps, loses all steps since %s.",
+                    error,
+                    self.run.checkpoint.every_steps,
+                    newest_checkpoint(self.run.run_folder),
+                )
 
     def _facts(self) -> dict[str, Any]:
         progress, name = self.progress, f"val_{self.task.main_loss}"

@@ -12,11 +12,11 @@ from lgpt.checkpoint.export import convert_run
 from lgpt.checkpoint.store import find_whole_checkpoint
 from lgpt.checkpoint.warm_start import load_first_weights
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
-from lgpt.core.errors import OutOfMemoryError, SettingsError
+from lgpt.core.errors import OutOfMemoryError, RankLostError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically
 from lgpt.core.logging import get_logger
 from lgpt.engine.build import set_masters
-from lgpt.engine.ranks import broadcast_from_rank_zero
+from lgpt.engine.ranks import broadcast_from_rank_zero, is_lost_rank
 from lgpt.engine.start import afford_bf16, start_process_group
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tags
@@ -65,6 +65,14 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
             f"{run.batch.micro_batch_images}; lower it (the global batch stays: accumulation makes "
             "up for it); before the first step, a higher ZeRO stage or more GPUs help. "
             f"The device said: {str(error).splitlines()[0]}"
+        ) from error
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise RankLostError(
+            "Another rank has died, and training cannot go on without it: was it killed for its "
+            "memory, or by a person? The same command goes on from the newest whole checkpoint in "
+            f"{run.run_folder / 'checkpoints'}. This rank saw: {str(error).splitlines()[0]}"
         ) from error
 
 
