@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -140,13 +140,22 @@ def _scaled_dot_product_attention(
     There its bf16 kernel takes up to six times as long, most of it in the backward pass (torch
     2.13, AVX-512 with bf16 units).
     """
-    dtype = q_BNLK.dtype
-    if q_BNLK.device.type == "cpu" and dtype == torch.bfloat16:
-        q_BNLK, k_BNSK, v_BNSK = q_BNLK.float(), k_BNSK.float(), v_BNSK.float()
+    dtype = product_dtype(q_BNLK)
     attended = functional.scaled_dot_product_attention(
-        q_BNLK, k_BNSK, v_BNSK, attn_mask=attn_mask, is_causal=is_causal
+        q_BNLK.to(dtype),
+        k_BNSK.to(dtype),
+        v_BNSK.to(dtype),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
     )
-    return attended.to(dtype)
+    return attended.to(q_BNLK.dtype)
+
+
+def product_dtype(activations: Tensor) -> torch.dtype:
+    """In which attention's products are computed; decoding keeps keys and values so."""
+    if activations.device.type == "cpu" and activations.dtype == torch.bfloat16:
+        return torch.float32
+    return activations.dtype
 
 
 class Rope2d(nn.Module):
@@ -220,14 +229,17 @@ class SelfAttention(nn.Module):
         cache: Optional[ImageCache] = None,
         position: int = 0,
     ) -> Float[Tensor, "batch length width"]:
-        """All positions at once, or with `cache` the single position `position`."""
+        """All positions at once; with `cache` those from `position` on: one, or several from 0."""
         batch, length, _ = x_BLD.shape
         qkv = self.qkv(x_BLD).view(batch, length, 3, self.heads, -1)
         q_BLNK, k_BLNK, v_BLNK = qkv.unbind(dim=2)
         q_BLNK, k_BLNK = self.q_norm(q_BLNK), self.k_norm(k_BLNK)
         if rotation is not None:
             q_BLNK, k_BLNK = rotate(q_BLNK, rotation), rotate(k_BLNK, rotation)
-        if cache is None:
+        if cache is None or length > 1:
+            if cache is not None:
+                assert position == 0, position
+                cache.append(k_BLNK, v_BLNK, position)
             attended = causal_attention(q_BLNK, k_BLNK, v_BLNK, kernel)
         else:
             attended = cached_attention(q_BLNK, k_BLNK, v_BLNK, cache, position, kernel)
@@ -269,9 +281,9 @@ class CrossAttention(nn.Module):
         x_BLD: Float[Tensor, "batch length width"],
         keys: Float[Tensor, "batch heads words head_width"],
         values: Float[Tensor, "batch heads words head_width"],
-        mask_B11T: Optional[Bool[Tensor, "batch 1 1 words"]],
+        mask_B11T: Optional[Shaped[Tensor, "batch 1 1 words"]],
     ) -> Float[Tensor, "batch length width"]:
-        """Attend to the text tokens whose mask is True."""
+        """Attend to the text tokens whose mask is True, or where it is 0 and not -inf."""
         batch, length, _ = x_BLD.shape
         q_BLNK = self.q_norm(self.q(x_BLD).view(batch, length, self.heads, -1))
         attended = _scaled_dot_product_attention(

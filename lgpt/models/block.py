@@ -59,7 +59,7 @@ class Block(nn.Module):
         cache: Optional[BlockCache] = None,
         position: int = 0,
     ) -> Tensor:
-        """All positions at once, or with `cache` the single position `position` [B, 1, D].
+        """All positions at once; with `cache` those from `position` on, which it then holds.
 
         The one way in, so that ZeRO-3 can gather a block as a whole. The text's keys and values are
         computed at position 0 and kept in the cache.
@@ -71,7 +71,9 @@ class Block(nn.Module):
         )
         x_BLD = x_BLD + self.dropout(attended)
         if cache.text is None:
-            cache.text = self.cross_attention.keys_values(text)
+            keys, values = self.cross_attention.keys_values(text)
+            kept = cache.image.keys.dtype
+            cache.text = (keys.to(kept), values.to(kept))
         return self._after_self_attention(x_BLD, *cache.text, text_mask)
 
     def all_positions(

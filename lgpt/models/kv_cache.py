@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -16,17 +16,19 @@ from torch import Tensor
 class ImageCache:
     """Self-attention's keys and values of one block; rows beyond the position are not yet written.
 
-    The layout is flash-attn's, heads after positions.
+    The layout is flash-attn's, heads after positions. On a CPU it is float32 for a model in bf16,
+    because attention is computed so: converted once, not at every token.
     """
 
     keys: Float[Tensor, "batch length heads head_width"]
     values: Float[Tensor, "batch length heads head_width"]
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Write one position [B, 1, N, K]; views of all positions up to it."""
-        self.keys[:, position : position + 1] = keys
-        self.values[:, position : position + 1] = values
-        return self.keys[:, : position + 1], self.values[:, : position + 1]
+        """Write positions [B, n, N, K] from `position` on; views of all up to the last of them."""
+        stop = position + keys.shape[1]
+        self.keys[:, position:stop] = keys
+        self.values[:, position:stop] = values
+        return self.keys[:, :stop], self.values[:, :stop]
 
 
 @dataclass
@@ -35,7 +37,8 @@ class BlockCache:
 
     Attributes:
         image: Of self-attention.
-        text: Cross-attention's keys and values, each [B, N, T, K]; None until the first position.
+        text: Cross-attention's keys and values, each [B, N, T, K]; None until the first position,
+            then computed once for all.
     """
 
     image: ImageCache
@@ -49,11 +52,11 @@ class DecodingState:
     Attributes:
         blocks: One cache a block.
         text: Null embedding and text behind it, what cross-attention reads.
-        text_mask: True where a picture may look; None where all of its text tokens count.
+        text_mask: 0 where a picture may look, -inf elsewhere; None where all text tokens count.
         position: How many input positions (the start token is the first) have been read.
     """
 
     blocks: list[BlockCache]
     text: Float[Tensor, "batch words text_width"]
-    text_mask: Optional[Bool[Tensor, "batch 1 1 words"]]
+    text_mask: Optional[Float[Tensor, "batch 1 1 words"]]
     position: int = 0

@@ -18,7 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lgpt.core.errors import SettingsError
-from lgpt.models.attention import ResidualLinear, Rope2d, build_norm, choose_kernel
+from lgpt.models.attention import (
+    ResidualLinear,
+    Rope2d,
+    build_norm,
+    choose_kernel,
+    product_dtype,
+)
 from lgpt.models.block import Block
 from lgpt.models.kv_cache import BlockCache, DecodingState, ImageCache
 from lgpt.models.model_folder import (
@@ -221,9 +227,14 @@ class LatentGPT(nn.Module):
         start = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
         context, context_mask = self._context(batch, text, text_mask, null_text, start)
         shape = (batch, self.config.num_tokens, self.config.heads, self.config.head_width)
+        kept = product_dtype(start)
+        if context_mask is not None:
+            # As numbers that are added to the scores: SDPA makes them of a mask at every call.
+            unseen = torch.zeros(context_mask.shape, dtype=kept, device=device)
+            context_mask = unseen.masked_fill_(~context_mask, float("-inf"))
         return DecodingState(
             blocks=[
-                BlockCache(ImageCache(start.new_zeros(shape), start.new_zeros(shape)))
+                BlockCache(ImageCache(*(start.new_zeros(shape, dtype=kept) for _ in range(2))))
                 for _ in self.blocks
             ],
             text=context,
@@ -241,14 +252,30 @@ class LatentGPT(nn.Module):
             x_B1D = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
         else:
             x_B1D = self.token_embedding(tokens.unsqueeze(1))
-        x_B1D, rotation = self._with_positions(x_B1D, state.position)
-        kernel = self._kernel(x_B1D)
+        return self._read(x_B1D, state)
+
+    @torch.no_grad()
+    def read_given(
+        self, tokens: Int[Tensor, "batch given"], state: DecodingState
+    ) -> Float[Tensor, "batch codes"]:
+        """Read the start token and all of these tokens at once, first thing; the next one's logits.
+
+        What `decode_next` gives after reading them one by one.
+        """
+        assert state.position == 0, "given tokens come first"
+        starts = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+        x_BLD = torch.cat([self.start_embedding(starts), self.token_embedding(tokens)], dim=1)
+        return self._read(x_BLD, state)
+
+    def _read(self, x_BLD: Tensor, state: DecodingState) -> Tensor:
+        x_BLD, rotation = self._with_positions(x_BLD, state.position)
+        kernel = self._kernel(x_BLD)
         for block, cache in zip(self.blocks, state.blocks):
-            x_B1D = block(
-                x_B1D, rotation, state.text, state.text_mask, kernel, cache, state.position
+            x_BLD = block(
+                x_BLD, rotation, state.text, state.text_mask, kernel, cache, state.position
             )
-        state.position += 1
-        return self.head(self.final_norm(x_B1D))[:, 0]
+        state.position += x_BLD.shape[1]
+        return self.head(self.final_norm(x_BLD[:, -1:]))[:, 0]
 
     def _with_positions(
         self, x_BLD: Tensor, start: int

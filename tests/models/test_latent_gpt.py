@@ -164,7 +164,27 @@ def test_decoding_with_the_cache_equals_the_full_forward(
     state = model.start_decoding(*captions, null_text, max_batch=3)
     inputs = [None, *tokens[:, :-1].unbind(1)]
     decoded = torch.stack([model.decode_next(token, state) for token in inputs], dim=1)
-    torch.testing.assert_close(decoded, expected)
+    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+    for given in range(1, 6):
+        state = model.start_decoding(*captions, null_text, max_batch=3)
+        after = [model.read_given(tokens[:, :given], state)]
+        after += [model.decode_next(tokens[:, place], state) for place in range(given, 5)]
+        read = torch.stack(after, dim=1)
+        torch.testing.assert_close(read, expected[:, given:], atol=1e-4, rtol=0)
+
+
+def test_text_is_projected_once_a_prompt_and_caches_stay_where_they_are() -> None:
+    tokens, text, mask = _batch()
+    model = _model()
+    calls: list[int] = []
+    for block in model.blocks:
+        block.cross_attention.kv.register_forward_hook(lambda *_: calls.append(1))
+    state = model.start_decoding(text, mask)
+    places = [(b.image.keys.data_ptr(), b.image.values.data_ptr()) for b in state.blocks]
+    for token in [None, *tokens[:, :-1].unbind(1)]:
+        model.decode_next(token, state)
+    assert len(calls) == len(model.blocks)
+    assert [(b.image.keys.data_ptr(), b.image.values.data_ptr()) for b in state.blocks] == places
 
 
 def test_dropout_acts_in_training_only() -> None:
