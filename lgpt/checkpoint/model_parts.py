@@ -39,7 +39,7 @@ def save_parts(
         "text_encoder": encoder,
         "text_encoder_is_random": bool(text and text["is_random"]),
         "text_encoder_digest": None if text is None else text.get("digest"),
-        "sampling": run.sampling.model_dump(include={"guidance", "temperature", "top_k", "top_p"}),
+        "sampling": run.sampling.model_dump(exclude={"prompts", "images"}),
     }
     write_json_atomically(folder / PIPELINE, pipeline)
 

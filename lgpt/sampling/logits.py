@@ -5,11 +5,14 @@ Shapes: B pictures, V codes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lgpt.core.errors import SettingsError
+from lgpt.settings.training import GUIDANCE_SCHEDULES
 
 
 def guided(
@@ -24,11 +27,36 @@ def guided(
     return unconditional_BV + guidance * (conditional_BV - unconditional_BV)
 
 
+def guidance_at(
+    position: int, tokens: int, guidance: float, schedule: str = "constant", power: float = 1.0
+) -> float:
+    """The scale for one token: from 1, no guidance, at the first to `guidance` at the last.
+
+    With t = (position / (tokens - 1))^power: linear is 1 + (g - 1) t (Tian et al. 2024, VAR,
+    https://arxiv.org/abs/2404.02905), cosine is 1 + (g - 1) (1 - cos(pi t)) / 2; with a power that
+    is RAR's power-cosine (Yu et al. 2024, https://arxiv.org/abs/2411.00776).
+
+    Args:
+        position: Of the token in the picture, 0 .. tokens - 1.
+        tokens: Of the whole picture.
+        guidance: g, at least 0.
+        schedule: constant, linear or cosine.
+        power: Greater than 0; above 1 guidance comes later. Without effect on constant.
+    """
+    assert schedule in GUIDANCE_SCHEDULES, schedule
+    if schedule == "constant":
+        return guidance
+    progress = (position / max(tokens - 1, 1)) ** power
+    if schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return 1 + (guidance - 1) * progress
+
+
 def keep_top_k(logits_BV: Float[Tensor, "batch codes"], k: int) -> Float[Tensor, "batch codes"]:
     """-inf for all but the k largest (and what ties with the k-th); 0 keeps all."""
     if k == 0 or k >= logits_BV.shape[1]:
         return logits_BV
-    least_B1 = logits_BV.topk(k, dim=1).values[:, -1:]
+    least_B1 = logits_BV.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     return logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
 
 
@@ -83,7 +111,14 @@ def next_tokens(
     return draw(keep_top_p(keep_top_k(logits_BV, top_k), top_p), uniforms_B)
 
 
-def check_sampling(guidance: float, temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(
+    guidance: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    guidance_schedule: str = "constant",
+    guidance_power: float = 1.0,
+) -> None:
     """Refuse numbers that have no meaning, all at once.
 
     Raises:
@@ -91,6 +126,20 @@ def check_sampling(guidance: float, temperature: float, top_k: int, top_p: float
     """
     claims = (
         (guidance >= 0, f"guidance must be at least 0, got {guidance}; 1 switches it off."),
+        (
+            guidance_schedule in GUIDANCE_SCHEDULES,
+            f"guidance_schedule must be one of {', '.join(GUIDANCE_SCHEDULES)}, got "
+            f"{guidance_schedule!r}.",
+        ),
+        (
+            guidance_power > 0,
+            f"guidance_power must be greater than 0, got {guidance_power}; 1 is the plain curve.",
+        ),
+        (
+            guidance_power == 1 or guidance_schedule != "constant",
+            f"guidance_power {guidance_power} has no effect with guidance_schedule constant; take "
+            "linear or cosine, or leave it at 1.",
+        ),
         (
             temperature > 0,
             f"temperature must be greater than 0, got {temperature}; top_k=1 takes the likeliest "

@@ -71,8 +71,13 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
             )
         return void
     if run.conditioning == "unconditional":
-        text_only = "text transformer.cond_drop sampling.guidance sampling.prompts"
-        add(text_only, "conditioning", "in a run with conditioning: unconditional")
+        text_only = "text transformer.cond_drop sampling.prompts"
+        guidance_only = "sampling.guidance sampling.guidance_schedule sampling.guidance_power"
+        add(
+            f"{text_only} {guidance_only}",
+            "conditioning",
+            "in a run with conditioning: unconditional",
+        )
     elif run.latent_cache is None:
         add("text.cache_dtype", "latent_cache", "without a latent_cache")
     if run.blocks.checkpointing != "every_n":
@@ -84,6 +89,9 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
             "blocks.checkpointing",
             "with blocks.checkpointing: none",
         )
+    if run.sampling.guidance_schedule == "constant":
+        constant = "with sampling.guidance_schedule: constant"
+        add("sampling.guidance_power", "sampling.guidance_schedule", constant)
     if run.vqvae.source != "pretrained_taming":
         add("vqvae.ddconfig", "vqvae.source", f"with vqvae.source: {run.vqvae.source}")
     if run.vqvae.source == "custom":

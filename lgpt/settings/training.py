@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import Literal, Optional, get_args
 
 from pydantic import Field
 
 from lgpt.settings.section import Section, Text
+
+GuidanceSchedule = Literal["constant", "linear", "cosine"]
+GUIDANCE_SCHEDULES: tuple[str, ...] = get_args(GuidanceSchedule)
 
 
 class BatchSettings(Section):
@@ -93,6 +96,12 @@ class SamplingSettings(Section):
     """How pictures are drawn, in sample grids and as the model folder's default."""
 
     guidance: float = Field(4.0, ge=0, description="classifier-free guidance scale; 1 = off")
+    guidance_schedule: GuidanceSchedule = Field(
+        "constant", description="linear and cosine rise from 1 at the first token to `guidance`"
+    )
+    guidance_power: float = Field(
+        1.0, gt=0, description="exponent on the rise; cosine with 2.5 is RAR's power-cosine"
+    )
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0 = all codes")
     top_p: float = Field(1.0, gt=0, le=1)

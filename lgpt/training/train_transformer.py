@@ -254,6 +254,8 @@ class TransformerTask:
             text,
             mask,
             guidance=run.sampling.guidance if text is not None else 1.0,
+            guidance_schedule=run.sampling.guidance_schedule,
+            guidance_power=run.sampling.guidance_power,
             temperature=run.sampling.temperature,
             top_k=run.sampling.top_k,
             top_p=run.sampling.top_p,

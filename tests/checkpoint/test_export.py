@@ -68,7 +68,14 @@ def test_a_transformer_run_becomes_a_folder_that_draws(phase3, tmp_path):
         "text_encoder": "text_encoder",
         "text_encoder_is_random": True,
         "text_encoder_digest": pipeline.text_encoder.digest,
-        "sampling": {"guidance": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0},
+        "sampling": {
+            "guidance": 3.0,
+            "guidance_schedule": "constant",
+            "guidance_power": 1.0,
+            "temperature": 1.0,
+            "top_k": 5,
+            "top_p": 1.0,
+        },
     }
 
 

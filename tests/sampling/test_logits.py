@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from lgpt.core.errors import SettingsError
-from lgpt.sampling.logits import check_sampling, draw, guided, keep_top_k, keep_top_p, next_tokens
+from lgpt.sampling.logits import (
+    check_sampling,
+    draw,
+    guidance_at,
+    guided,
+    keep_top_k,
+    keep_top_p,
+    next_tokens,
+)
 
 
 def _logits() -> Tensor:
@@ -22,6 +30,25 @@ def test_guidance_is_a_line_through_unconditional_and_conditional() -> None:
     # Ho & Salimans write (1 + w) c - w u, with w = guidance - 1.
     expected = 4.0 * conditional - 3.0 * unconditional
     torch.testing.assert_close(guided(conditional, unconditional, 4.0), expected)
+
+
+def test_guidance_schedules_rise_from_none_to_all_of_it() -> None:
+    for schedule, power in (("linear", 1.0), ("linear", 2.0), ("cosine", 1.0), ("cosine", 2.5)):
+        scales = [guidance_at(place, 256, 7.5, schedule, power) for place in range(256)]
+        assert scales[0] == 1
+        assert scales[-1] == pytest.approx(7.5)
+        assert scales == sorted(scales)
+    assert {guidance_at(place, 256, 7.5) for place in range(256)} == {7.5}
+    assert guidance_at(0, 1, 7.5, "cosine") == 1, "a picture of a single token"
+
+
+def test_guidance_schedules_are_the_published_ones() -> None:
+    # VAR: (1 + t) c - t u with t = cfg * ratio, cfg = g - 1; RAR: pow 2.5, scale 15.5 (its RAR-L).
+    assert guidance_at(51, 256, 3.0, "linear") == pytest.approx(1 + 2.0 * 51 / 255)
+    step = torch.arange(256) / 255
+    rar = (15.5 - 1) * (1 - torch.cos(step**2.5 * torch.pi)) / 2 + 1
+    ours = [guidance_at(place, 256, 15.5, "cosine", 2.5) for place in range(256)]
+    torch.testing.assert_close(torch.tensor(ours), rar, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 3, 12])
@@ -90,7 +117,9 @@ def test_low_temperature_and_top_k_1_take_the_likeliest() -> None:
 
 def test_numbers_without_meaning_are_refused_all_at_once() -> None:
     with pytest.raises(SettingsError) as raised:
-        check_sampling(guidance=-1.0, temperature=0.0, top_k=-2, top_p=1.5)
-    for part in ("got -1.0", "got 0.0;", "got -2", "got 1.5"):
+        check_sampling(-1.0, 0.0, -2, 1.5, guidance_schedule="sine", guidance_power=0.0)
+    for part in ("got -1.0", "got 0.0;", "got -2", "got 1.5", "cosine, got 'sine'", "got 0.0; 1"):
         assert part in str(raised.value)
+    with pytest.raises(SettingsError, match=r"guidance_power 2\.0 has no effect with .* constant"):
+        check_sampling(3.0, 1.0, 0, 1.0, guidance_power=2.0)
     check_sampling(guidance=0.0, temperature=0.1, top_k=0, top_p=1.0)

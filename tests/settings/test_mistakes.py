@@ -282,6 +282,8 @@ def test_contradictions_name_both_settings(base, overrides, texts, tmp_path):
         (TRANSFORMER, ["conditioning=unconditional", "text.encoder=a"]),
         (TRANSFORMER, ["conditioning=unconditional", "transformer.cond_drop=0.2"]),
         (TRANSFORMER, ["conditioning=unconditional", "sampling.guidance=2"]),
+        (TRANSFORMER, ["conditioning=unconditional", "sampling.guidance_schedule=linear"]),
+        (TRANSFORMER, ["sampling.guidance_power=2.5"]),
         (TRANSFORMER, ["latent_cache=null", "text.cache_dtype=bfloat16"]),
         (TRANSFORMER, ["vqvae.ddconfig=model.yaml"]),
         (TRANSFORMER, ["data.dataset=shapes", "data.streaming=true"]),
