@@ -140,7 +140,7 @@ def sample(
     ),
 ) -> None:
     """Draw pictures from prompts."""
-    from lgpt.sampling.pipeline import draw_to_file, prompts_from
+    from lgpt.sampling.draw_to_file import draw_to_file, prompts_from
 
     prompts = prompts_from(prompt or [], prompts_file, unconditional)
     draw_to_file(

@@ -23,7 +23,7 @@ from lgpt.models.clip_encoder import ClipTextEncoder
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.vqvae import VQVAE
 from lgpt.sampling.generate import generate_tokens
-from lgpt.sampling.pipeline import picture_grid
+from lgpt.sampling.picture_grid import picture_grid
 from lgpt.settings.phases import TransformerRun
 from lgpt.training.components import (
     cache_fingerprint,

@@ -18,7 +18,7 @@ from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
 from lgpt.evaluation.picture_metrics import code_perplexity, code_usage, psnr_decibels
 from lgpt.models.perceptual import Lpips, load_lpips
 from lgpt.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
-from lgpt.sampling.pipeline import picture_grid
+from lgpt.sampling.picture_grid import picture_grid
 from lgpt.settings.phases import Phase2
 from lgpt.training.components import open_split, transform_of
 from lgpt.training.gan import Adversary
