@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import write_json_atomically
-from lgpt.core.hub import hub_folder
 from lgpt.core.logging import get_logger
-from lgpt.models.clip_weights import PREFIX, files_of_text_tower, read_text_tower
+from lgpt.models.clip_folder import clip_folder, load_tokenizer
+from lgpt.models.clip_weights import PREFIX, read_text_tower
 from lgpt.settings.text import RANDOM_ENCODER_WIDTH
 
 _logger = get_logger(__name__)
@@ -61,7 +61,7 @@ class ClipTextEncoder:
             CheckpointError: It is not there, not a CLIP, or weights are missing in it.
         """
         name = str(name_or_folder)
-        folder = _folder_of(name)
+        folder = clip_folder(name)
         try:
             raw_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             model_type = raw_config.get("model_type")
@@ -75,7 +75,7 @@ class ClipTextEncoder:
                 "openai/clip-vit-base-patch32."
             )
         model = _load_text_tower(folder, name)
-        tokenizer = _load_tokenizer(folder, name, int(model.config.vocab_size))
+        tokenizer = load_tokenizer(folder, name, int(model.config.vocab_size))
         is_random = bool(raw_config.get("lgpt_random", False))
         if is_random:
             _logger.info("text encoder %s is random: untrained, it knows no language", name)
@@ -156,19 +156,6 @@ class ClipTextEncoder:
         write_json_atomically(target / "config.json", config)
 
 
-def _folder_of(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return hub_folder(name, repo_type="model", choose=files_of_text_tower)
-    except ConnectionError as error:
-        raise CheckpointError(
-            f"text encoder {name!r} cannot be read: {str(error).rstrip('.')}. Give the folder of a "
-            "CLIP model, a hub name that is reachable or already downloaded, or "
-            "text.encoder=random."
-        ) from error
-
-
 def _load_text_tower(folder: Path, name: str) -> Any:
     """The text model with all of its weights, and nothing of the vision model in memory."""
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -200,41 +187,6 @@ def _load_text_tower(folder: Path, name: str) -> Any:
         for key, parameter in model.named_parameters():
             parameter.copy_(state[key.removeprefix(PREFIX)])
     return model
-
-
-def _load_tokenizer(folder: Path, name: str, vocabulary_size: int) -> Any:
-    from transformers import CLIPTokenizerFast
-
-    # Without its files transformers 5 makes one that knows no word, and says nothing.
-    is_there = [
-        (folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "merges.txt")
-    ]
-    if not (is_there[0] or all(is_there[1:])):
-        raise CheckpointError(
-            f"text encoder {name!r} has no tokenizer: it needs tokenizer.json, or vocab.json and "
-            "merges.txt."
-        )
-    try:
-        # Both sides are settled here: the mask must cover a caption's first tokens.
-        tokenizer = CLIPTokenizerFast.from_pretrained(
-            folder, padding_side="right", truncation_side="right"
-        )
-    except Exception as error:  # tokenizers raises no narrower class
-        raise CheckpointError(
-            f"text encoder {name!r} has a tokenizer that cannot be read: {_first_line(error)}. "
-            "Copy or download it again."
-        ) from error
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocabulary_size:
-        raise CheckpointError(
-            f"text encoder {name!r} has a tokenizer of {largest + 1} tokens and embeddings for "
-            f"{vocabulary_size}; give the tokenizer that belongs to the weights."
-        )
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def make_random_clip_text_encoder(

@@ -1,10 +1,10 @@
-"""The text tower's weights out of any CLIP folder, as data; the vision tower stays on the disk."""
+"""Weights out of any CLIP folder, as data: the text tower alone, or a whole CLIP."""
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TEXT_PARTS = ("embeddings.", "encoder.", "final_layer_norm.")
 _FEW_FILES = ("config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json")
 _FEW_FILES += ("tokenizer_config.json", "vocab.json", "added_tokens.json")
+_FEW_FILES += ("preprocessor_config.json",)
+
+# Of the keys in a file those that are wanted, each with the name that it has here.
+Choice = Callable[[Iterable[str]], dict[str, str]]
 
 
-def files_of_text_tower(files: Sequence[str]) -> list[str]:
-    """What to fetch of a CLIP repository: config, tokenizer, and its weights in one format."""
+def files_of_clip(files: Sequence[str]) -> list[str]:
+    """What to fetch of a CLIP repository: configs, tokenizer, and its weights in one format."""
     wanted = [name for name in files if name in _FEW_FILES]
     for whole in _WEIGHTS:
         stem, _, ending = whole.rpartition(".")
@@ -45,12 +49,25 @@ def read_text_tower(folder: Path) -> dict[str, Tensor]:
         CheckpointError: No weights, a damaged file, one that is more than data, or numbers in it
             that are not finite.
     """
+    return _read(folder, _text_keys)
+
+
+def read_whole_clip(folder: Path) -> dict[str, Tensor]:
+    """Tensors of both towers and their projections, under the names in the file.
+
+    Raises:
+        CheckpointError: As `read_text_tower`.
+    """
+    return _read(folder, lambda keys: {k: k for k in keys if not k.endswith("position_ids")})
+
+
+def _read(folder: Path, choice: Choice) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         reader = _read_safetensors if path.suffix == ".safetensors" else _read_bin
         try:
             refuse_lfs_pointer(path)
-            state.update(reader(path))
+            state.update(reader(path, choice))
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read as data: {str(error).splitlines()[0]} Copy or download it "
@@ -84,12 +101,12 @@ def _text_keys(keys: Iterable[str]) -> dict[str, str]:
     return {name: bare for name, bare in found.items() if not bare.endswith("position_ids")}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, choice: Choice) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {bare: file.get_tensor(key) for key, bare in _text_keys(file.keys()).items()}
+        return {bare: file.get_tensor(key) for key, bare in choice(file.keys()).items()}
 
 
-def _read_bin(path: Path) -> dict[str, Tensor]:
+def _read_bin(path: Path, choice: Choice) -> dict[str, Tensor]:
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:
@@ -105,4 +122,4 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError("it holds no named tensors.")
-    return {bare: content[key] for key, bare in _text_keys(content).items()}
+    return {bare: content[key] for key, bare in choice(content).items()}

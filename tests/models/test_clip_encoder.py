@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lgpt.core.errors import CheckpointError
-from lgpt.models import clip_encoder
+from lgpt.models import clip_folder
 from lgpt.models.clip_encoder import ClipTextEncoder, make_random_clip_text_encoder
-from lgpt.models.clip_weights import files_of_text_tower
+from lgpt.models.clip_weights import files_of_clip
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "clip_tiny"
 EVIL = FIXTURE.parent / "evil"
@@ -269,15 +269,15 @@ def test_a_hub_name_fetches_the_text_towers_files_in_one_format() -> None:
     files = ["README.md", "config.json", "flax_model.msgpack", "merges.txt", "tf_model.h5"]
     bins = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
     kept = ["config.json", "merges.txt"]
-    assert files_of_text_tower([*files, *bins]) == [*kept, bins[1], bins[0]]
-    assert files_of_text_tower([*files, *bins, "model.safetensors"]) == [*kept, "model.safetensors"]
-    assert files_of_text_tower(files) == kept
+    assert files_of_clip([*files, *bins]) == [*kept, bins[1], bins[0]]
+    assert files_of_clip([*files, *bins, "model.safetensors"]) == [*kept, "model.safetensors"]
+    assert files_of_clip(files) == kept
 
 
 def test_a_hub_name_is_read_from_what_the_hub_gives(
     encoder: ClipTextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clip_encoder, "hub_folder", lambda name, **place: FIXTURE)
+    monkeypatch.setattr(clip_folder, "hub_folder", lambda name, **place: FIXTURE)
     by_name = ClipTextEncoder.from_pretrained("openai/clip-vit-base-patch32")
     assert by_name.name == "openai/clip-vit-base-patch32"
     assert by_name.digest == encoder.digest
