@@ -130,17 +130,39 @@ def sample(
     prompts_file: Optional[Path] = typer.Option(None, help="a text file, one prompt a line"),
     out: Path = typer.Option(Path("samples.png"), help="PNG: one grid; a folder: one PNG each"),
     images_per_prompt: int = typer.Option(1, min=1),
+    best: Optional[int] = typer.Option(
+        None, min=1, help="keep so many of a prompt's pictures, best first, as CLIP scores them"
+    ),
+    clip: Optional[str] = typer.Option(
+        None, help="hub name or folder of that CLIP; default: the model's text encoder"
+    ),
     unconditional: int = typer.Option(0, min=0, help="draw this many pictures without a prompt"),
+    complete: Optional[Path] = typer.Option(
+        None, help="a picture: its upper part is kept, what is below it is drawn"
+    ),
+    keep: Optional[float] = typer.Option(
+        None, help="share of --complete that is kept; default: 0.5"
+    ),
     guidance: Optional[float] = typer.Option(None, help="guidance scale; default: the model's"),
-    temperature: Optional[float] = typer.Option(None),
-    top_k: Optional[int] = typer.Option(None),
-    top_p: Optional[float] = typer.Option(None),
+    guidance_schedule: Optional[str] = typer.Option(
+        None, help="constant, or rising from the first token to the last: linear, cosine"
+    ),
+    guidance_power: Optional[float] = typer.Option(
+        None, help="above 1 guidance comes later; cosine with 2.5 is RAR's power-cosine"
+    ),
+    temperature: Optional[float] = typer.Option(None, help="below 1 prefers likely tokens"),
+    top_k: Optional[int] = typer.Option(None, help="draw among so many likeliest; 0 = all"),
+    top_p: Optional[float] = typer.Option(None, help="draw among this much probability; 1 = all"),
     seed: int = typer.Option(
         0, min=0, max=_LARGEST_SEED, help="the same prompt and seed give the same picture"
     ),
+    preview: Optional[Path] = typer.Option(
+        None, help="a PNG, written anew after every quarter of the rows"
+    ),
+    dtype: str = typer.Option("auto", help="auto (bf16 where the device has it), bf16 or fp32"),
 ) -> None:
     """Draw pictures from prompts."""
-    from lgpt.sampling.draw_to_file import draw_to_file, prompts_from
+    from lgpt.sampling.draw_to_file import Choices, draw_to_file, prompts_from
 
     prompts = prompts_from(prompt or [], prompts_file, unconditional)
     draw_to_file(
@@ -149,11 +171,14 @@ def sample(
         out,
         unconditional=unconditional,
         images_per_prompt=images_per_prompt,
-        guidance=guidance,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        choices=Choices(guidance, guidance_schedule, guidance_power, temperature, top_k, top_p),
         seed=seed,
+        best=best,
+        clip=clip,
+        complete=complete,
+        keep=keep,
+        preview=preview,
+        dtype=dtype,
     )
 
 

@@ -164,6 +164,13 @@ def afford_bf16(device: torch.device) -> bool:
     return True
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether this device multiplies bf16 in hardware, or at least as if it did."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type != "cpu" or _slowdown_of_bf16() < _SLOWER_THAN_FLOAT32
+
+
 def _slowdown_of_bf16() -> float:
     return _seconds_of_a_product(torch.bfloat16) / _seconds_of_a_product(torch.float32)
 

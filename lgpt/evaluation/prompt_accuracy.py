@@ -74,7 +74,7 @@ def evaluate_model(
         `guidance`, `seed`, and `prompt_accuracy`: what was asked -> `score_pictures`. The same is
         written to `evaluation.json` in the folder.
     """
-    pipeline = TextToImagePipeline.from_pretrained(model_folder)
+    pipeline = TextToImagePipeline.from_pretrained(model_folder, dtype="fp32")
     if guidance is not None:
         pipeline.sampling["guidance"] = guidance
     half = (count + 1) // 2

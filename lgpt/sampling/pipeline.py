@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
+from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from lgpt.core.errors import CheckpointError, SettingsError
-from lgpt.data.transforms import to_pil
+from lgpt.data.transforms import to_pil, to_unit_range, validation_transform
+from lgpt.engine.start import multiplies_bf16
 from lgpt.models.clip_encoder import ClipTextEncoder
+from lgpt.models.clip_scorer import ClipScorer
 from lgpt.models.latent_gpt import LatentGPT
+from lgpt.models.packed_linear import pack_for_decoding
 from lgpt.models.vqvae import VQVAE
 from lgpt.sampling.generate import generate_tokens
 
-_SAMPLING = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_SAMPLING = {
+    "guidance": 1.0,
+    "guidance_schedule": "constant",
+    "guidance_power": 1.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Pictures drawn at a time; guidance doubles it.
 _BATCH_PICTURES = 32
+# A preview is drawn after every quarter of the rows.
+_PREVIEWS = 4
+
+Preview = Callable[[list[Image.Image]], Any]
 
 
 class TextToImagePipeline:
@@ -32,7 +48,8 @@ class TextToImagePipeline:
         vqvae: The VQ-VAE whose tokens it writes.
         text_encoder: Name or folder of its CLIP, opened at the first prompt; None for an
             unconditional model.
-        sampling: Defaults of guidance, temperature, top_k and top_p.
+        sampling: Defaults of guidance, guidance_schedule, guidance_power, temperature, top_k and
+            top_p.
         text_encoder_digest: Of the text encoder it was trained with; None takes any that fits.
     """
 
@@ -56,17 +73,27 @@ class TextToImagePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Union[str, Path], device: Optional[Union[str, torch.device]] = None
+        cls,
+        folder: Union[str, Path],
+        device: Optional[Union[str, torch.device]] = None,
+        dtype: str = "auto",
     ) -> TextToImagePipeline:
         """Open a model folder (`lgpt convert`).
 
         Args:
             folder: Holds `config.json`, `model.safetensors`, `pipeline.json` and `vqvae/`.
             device: Default: the GPU if there is one.
+            dtype: Of the transformer: bf16, fp32, or auto, which is bf16 where the device
+                multiplies it in hardware. On a CPU the weights are then packed, so that the model
+                can draw and be saved, but no longer be trained or moved. VQ-VAE and text encoder
+                stay float32.
 
         Raises:
             CheckpointError: A part is missing or they do not belong together.
+            SettingsError: There is no such dtype.
         """
+        if dtype not in ("auto", *_DTYPES):
+            raise SettingsError(f"dtype '{dtype}' is unknown; allowed: auto, {', '.join(_DTYPES)}.")
         source = Path(folder)
         description = source / "pipeline.json"
         if not description.is_file():
@@ -78,8 +105,12 @@ class TextToImagePipeline:
         name = parts.get("text_encoder")
         if name is not None and (source / name).is_dir():
             name = source / name
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = LatentGPT.from_pretrained(source).to(device)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "auto":
+            dtype = "bf16" if multiplies_bf16(device) else "fp32"
+        model = LatentGPT.from_pretrained(source).to(device, _DTYPES[dtype])
+        if device.type == "cpu":
+            pack_for_decoding(model)
         vqvae = VQVAE.from_pretrained(source / parts.get("vqvae", "vqvae")).to(device)
         digest = parts.get("text_encoder_digest")
         return cls(model, vqvae, name, parts.get("sampling"), digest)
@@ -126,6 +157,13 @@ class TextToImagePipeline:
         top_k: Optional[int] = None,
         top_p: Optional[float] = None,
         images_per_prompt: int = 1,
+        *,
+        guidance_schedule: Optional[str] = None,
+        guidance_power: Optional[float] = None,
+        given: Optional[Int[Tensor, " given"]] = None,
+        best: Optional[int] = None,
+        scorer: Optional[ClipScorer] = None,
+        preview: Optional[Preview] = None,
     ) -> list[Image.Image]:
         """Pictures of every prompt, in order; None takes the model folder's own default.
 
@@ -137,19 +175,48 @@ class TextToImagePipeline:
             top_k: See `generate_tokens`.
             top_p: See `generate_tokens`.
             images_per_prompt: Pictures of each prompt, one after the other.
+            guidance_schedule: See `generate_tokens`.
+            guidance_power: See `generate_tokens`.
+            given: First tokens of every picture, see `beginning_of`.
+            best: Return so many of a prompt's pictures, best first, as a CLIP scores them; the
+                score is left in `picture.info["clip_score"]`.
+            scorer: The CLIP that scores; default: the model's text encoder, if it is a whole CLIP.
+            preview: Called during drawing, three times a batch, with its pictures so far: the rows
+                that are done, white below.
+
+        Raises:
+            SettingsError: The model is unconditional, or a number is out of its range.
+            CheckpointError: The text encoder cannot be opened, or has no image tower to score with.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if best is not None:
+            if not 1 <= best <= images_per_prompt:
+                raise SettingsError(
+                    f"best must lie between 1 and images_per_prompt ({images_per_prompt}), got "
+                    f"{best}."
+                )
+            scorer = scorer or self.open_scorer()  # before anything is drawn
         encoder = self.text_encoder
         choices = self._choices(
-            guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+            guidance=guidance,
+            guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )
         wanted = [(p, seed + j) for p in prompts for j in range(images_per_prompt)]
         pictures: list[Image.Image] = []
         for start in range(0, len(wanted), _BATCH_PICTURES):
             part = wanted[start : start + _BATCH_PICTURES]
             text, mask = encoder.encode([prompt for prompt, _ in part])
-            pictures += self._draw(text, mask, [number for _, number in part], choices)
-        return pictures
+            seeds = [number for _, number in part]
+            pictures += self._draw(text, mask, seeds, choices, given, preview)
+        if best is None or scorer is None:
+            return pictures
+        return best_of_each(
+            pictures, [prompt for prompt, _ in wanted], images_per_prompt, best, scorer
+        )
 
     def unconditional(
         self,
@@ -158,17 +225,63 @@ class TextToImagePipeline:
         temperature: Optional[float] = None,
         top_k: Optional[int] = None,
         top_p: Optional[float] = None,
+        *,
+        given: Optional[Int[Tensor, " given"]] = None,
+        preview: Optional[Preview] = None,
     ) -> list[Image.Image]:
         """Pictures without a prompt, from any model; picture i is drawn with seed + i."""
-        choices = self._choices(guidance=1.0, temperature=temperature, top_k=top_k, top_p=top_p)
+        choices = self._choices(temperature=temperature, top_k=top_k, top_p=top_p)
+        choices.update(guidance=1.0, guidance_schedule="constant", guidance_power=1.0)
         pictures: list[Image.Image] = []
         for start in range(0, count, _BATCH_PICTURES):
             numbers = range(start, min(start + _BATCH_PICTURES, count))
-            pictures += self._draw(None, None, [seed + n for n in numbers], choices)
+            seeds = [seed + n for n in numbers]
+            pictures += self._draw(None, None, seeds, choices, given, preview)
         return pictures
 
+    def open_scorer(self, clip: Optional[str] = None) -> ClipScorer:
+        """The CLIP that tells how well pictures fit their prompts.
+
+        Args:
+            clip: Hub name or folder; default: the model's own text encoder.
+
+        Raises:
+            SettingsError: The model is unconditional, so there are no prompts to score against.
+            CheckpointError: It cannot be opened, or has no image tower.
+        """
+        if self._encoder_name is None:
+            raise SettingsError("this model is unconditional: it has no prompts to score against.")
+        return ClipScorer.from_pretrained(clip or self._encoder_name).to(self._device)
+
+    def beginning_of(self, picture: Image.Image, keep: float) -> Int[Tensor, " given"]:
+        """Tokens of a picture's upper part, for `given`: drawing goes on below it.
+
+        Args:
+            picture: Of any size; its middle square is taken.
+            keep: Share of its height, rounded to whole rows of tokens.
+
+        Raises:
+            SettingsError: Nothing would be kept, or nothing left to draw.
+        """
+        height, width = self.model.config.grid_height, self.model.config.grid_width
+        rows = round(keep * height)
+        if not 1 <= rows < height:
+            raise SettingsError(
+                f"keep {keep} is {rows} of {height} rows of tokens; it must leave some and draw "
+                f"some: {1 / height:.4g} to {(height - 1) / height:.4g}."
+            )
+        assert height == width, "every run's grid is square"
+        side = height * self.vqvae.downsample_factor
+        pixels = validation_transform(side)(picture.convert("RGB"), index=0, crop=0)
+        image = to_unit_range(torch.from_numpy(pixels)).to(self._device)
+        return self.vqvae.encode(image.unsqueeze(0))[0, :rows].flatten()
+
     def _choices(self, **given: Any) -> dict[str, Any]:
-        return {**self.sampling, **{k: v for k, v in given.items() if v is not None}}
+        changes = {k: v for k, v in given.items() if v is not None}
+        choices = {**self.sampling, **changes}
+        if "guidance_schedule" in changes and "guidance_power" not in changes:
+            choices["guidance_power"] = 1.0  # the folder's belongs to the folder's schedule
+        return choices
 
     @torch.no_grad()
     def _draw(
@@ -177,10 +290,59 @@ class TextToImagePipeline:
         mask: Optional[Tensor],
         seeds: list[int],
         choices: dict[str, Any],
+        given: Optional[Tensor],
+        preview: Optional[Preview],
     ) -> list[Image.Image]:
+        height = self.model.config.grid_height
+        shown = {height * part // _PREVIEWS for part in range(1, _PREVIEWS)}
+
+        def row_done(rows: Tensor) -> None:
+            if preview is not None and rows.shape[1] in shown:
+                preview(_on_white(self._pictures(rows), height * self.vqvae.downsample_factor))
+
+        if given is not None:
+            given = given.expand(len(seeds), -1)
         # disable=None: a bar in a terminal, nothing in a log file.
         with tqdm(total=self.model.config.num_tokens, desc="tokens", disable=None) as bar:
             tokens = generate_tokens(
-                self.model, text, mask, seeds=seeds, progress=bar.update, **choices
+                self.model,
+                text,
+                mask,
+                seeds=seeds,
+                given=given,
+                progress=bar.update,
+                row_done=row_done,
+                **choices,
             )
+        return self._pictures(tokens)
+
+    def _pictures(self, tokens: Tensor) -> list[Image.Image]:
         return to_pil(self.vqvae.decode(tokens).float().cpu())
+
+
+def best_of_each(
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    best: int,
+    scorer: ClipScorer,
+) -> list[Image.Image]:
+    """Of every `images_per_prompt` pictures the `best` ones, best first, with their scores."""
+    scores = scorer.score(pictures, prompts).tolist()
+    for picture, score in zip(pictures, scores):
+        picture.info["clip_score"] = score
+    chosen: list[Image.Image] = []
+    for start in range(0, len(pictures), images_per_prompt):
+        own = pictures[start : start + images_per_prompt]
+        chosen += sorted(own, key=lambda picture: -picture.info["clip_score"])[:best]
+    return chosen
+
+
+def _on_white(pictures: Sequence[Image.Image], height: int) -> list[Image.Image]:
+    """Pictures whose lower part is missing, on white of the full height."""
+    sheets = []
+    for picture in pictures:
+        sheet = Image.new("RGB", (picture.width, height), "white")
+        sheet.paste(picture)
+        sheets.append(sheet)
+    return sheets

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from model_folders import VQVAE_CONFIG, write_model_folder
 from PIL import Image
+from safetensors.torch import load_file
+from tiny_clip import write_tiny_clip
 
 from lgpt import TextToImagePipeline
 from lgpt.core.errors import CheckpointError, SettingsError
@@ -49,7 +52,9 @@ def test_more_pictures_than_one_batch_are_the_same_pictures(
 
 
 def test_folder_s_own_sampling_numbers_are_the_default(pipeline: TextToImagePipeline) -> None:
-    assert pipeline.sampling == {"guidance": 3.0, "temperature": 1.0, "top_k": 9, "top_p": 1.0}
+    schedule = {"guidance_schedule": "constant", "guidance_power": 1.0}
+    own = {"guidance": 3.0, "temperature": 1.0, "top_k": 9, "top_p": 1.0, **schedule}
+    assert pipeline.sampling == own
     spelled_out = pipeline("a red circle", guidance=3.0, temperature=1.0, top_k=9, top_p=1.0)[0]
     assert _same(pipeline("a red circle")[0], spelled_out)
     assert not _same(pipeline("a red circle", guidance=0.0)[0], spelled_out)
@@ -82,3 +87,98 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="writes 16 codes, the VQ-VAE has 17"):
         TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_a_schedule_of_the_caller_s_drops_the_folder_s_power(folder: Path) -> None:
+    pipeline = TextToImagePipeline.from_pretrained(folder, device="cpu")
+    pipeline.sampling.update(guidance_schedule="cosine", guidance_power=2.5, guidance=9.0)
+    own, constant = pipeline("a red circle"), pipeline("a red circle", guidance_schedule="constant")
+    assert not _same(own[0], constant[0])
+    pipeline.sampling.update(guidance_schedule="constant", guidance_power=1.0)
+    assert _same(pipeline("a red circle")[0], constant[0])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_pictures_are_the_same_in_any_batch_to_the_last_bit(folder: Path, dtype: str) -> None:
+    pipeline = TextToImagePipeline.from_pretrained(folder, device="cpu", dtype=dtype)
+    prompts = ["a red circle", "a blue square", "red red blue"]
+    together = pipeline(prompts, images_per_prompt=5, seed=3)
+    assert next(pipeline.model.parameters()).dtype == {"bf16": torch.bfloat16}.get(
+        dtype, torch.float32
+    )
+    alone = [pipeline(p, seed=3 + j)[0] for p in prompts for j in range(5)]
+    assert all(_same(a, b) for a, b in zip(alone, together))
+
+
+def test_only_known_dtypes_are_taken(folder: Path) -> None:
+    with pytest.raises(SettingsError, match="dtype 'fp8' is unknown; allowed: auto, bf16, fp32"):
+        TextToImagePipeline.from_pretrained(folder, dtype="fp8")
+
+
+def test_a_packed_model_is_saved_as_it_was_read(folder: Path, tmp_path: Path) -> None:
+    pipeline = TextToImagePipeline.from_pretrained(folder, device="cpu", dtype="fp32")
+    pipeline.model.save_pretrained(tmp_path)
+    saved, read = (load_file(f / "model.safetensors") for f in (tmp_path, folder))
+    assert saved.keys() == read.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in read.items())
+
+
+def test_half_a_picture_is_completed(pipeline: TextToImagePipeline) -> None:
+    numbers = np.random.default_rng(0)
+    picture = Image.fromarray(numbers.integers(256, size=(24, 32, 3), dtype=np.uint8))
+    given = pipeline.beginning_of(picture, 0.5)
+    square = picture.resize((8, 8), Image.Resampling.BICUBIC, box=(4, 0, 28, 24))
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+    whole = pipeline.vqvae.encode(pixels.unsqueeze(0))[0]
+    assert torch.equal(given, whole[:2].flatten())
+    drawn: list[torch.Tensor] = []
+    decode = pipeline.vqvae.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.vqvae, "decode", lambda t: (drawn.append(t), decode(t))[1])
+        pipeline(["a red circle", "a blue square"], given=given, seed=1)
+        pipeline.unconditional(2, given=given)
+    for tokens in drawn:
+        assert torch.equal(tokens[:, :2], whole[:2].expand(2, -1, -1))
+    assert not torch.equal(drawn[0][0, 2:], drawn[0][1, 2:])
+
+
+def test_a_share_that_keeps_nothing_or_everything_is_refused(
+    pipeline: TextToImagePipeline,
+) -> None:
+    for keep, rows in ((0.1, 0), (0.9, 4), (-1.0, -4)):
+        with pytest.raises(SettingsError, match=rf"keep {keep} is {rows} of 4 .* 0\.25 to 0\.75"):
+            pipeline.beginning_of(Image.new("RGB", (8, 8)), keep)
+
+
+def test_previews_show_the_rows_that_are_done_on_white(pipeline: TextToImagePipeline) -> None:
+    shown: list[list[Image.Image]] = []
+    final = pipeline(["a red circle", "a blue square"], preview=shown.append)
+    assert len(shown) == 3
+    for rows, pictures in enumerate(shown, start=1):
+        assert [p.size for p in pictures] == [(8, 8)] * 2
+        below = np.asarray(pictures[0])[2 * rows :]
+        assert below.size > 0
+        assert (below == 255).all()
+        assert not (np.asarray(pictures[0])[: 2 * rows] == 255).all()
+    # The decoder looks below a row too, so only the same rows alone are the same.
+    assert [p.size for p in final] == [(8, 8)] * 2
+
+
+def test_the_best_pictures_of_a_prompt_come_first(
+    pipeline: TextToImagePipeline, tmp_path: Path
+) -> None:
+    write_tiny_clip(tmp_path)
+    scorer = pipeline.open_scorer(str(tmp_path))
+    prompts = ["a red circle", "a blue square"]
+    everything = pipeline(prompts, images_per_prompt=4)
+    chosen = pipeline(prompts, images_per_prompt=4, best=2, scorer=scorer)
+    scores = scorer.score(everything, [p for p in prompts for _ in range(4)]).view(2, 4)
+    wanted = scores.topk(2, dim=1)
+    for number, picture in enumerate(chosen):
+        prompt, place = divmod(number, 2)
+        assert _same(picture, everything[4 * prompt + int(wanted.indices[prompt, place])])
+        assert picture.info["clip_score"] == pytest.approx(float(wanted.values[prompt, place]))
+    with pytest.raises(SettingsError, match=r"between 1 and images_per_prompt \(4\), got 5"):
+        pipeline(prompts, images_per_prompt=4, best=5)
+    with pytest.raises(CheckpointError, match="without an image tower"):
+        pipeline(prompts, images_per_prompt=4, best=1)
