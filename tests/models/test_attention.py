@@ -14,7 +14,15 @@ from torch import Tensor
 
 from lgpt.core.errors import SettingsError
 from lgpt.models import attention
-from lgpt.models.attention import Rope2d, causal_attention, choose_kernel, rotate
+from lgpt.models.attention import (
+    Rope2d,
+    cached_attention,
+    causal_attention,
+    choose_kernel,
+    product_dtype,
+    rotate,
+)
+from lgpt.models.kv_cache import ImageCache
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 
 
@@ -165,6 +173,58 @@ def test_flash_path_means_the_same_as_sdpa(monkeypatch: pytest.MonkeyPatch) -> N
     inputs = [None, *tokens[:, :-1].unbind(1)]
     decoded = torch.stack([model.decode_next(token, state) for token in inputs], dim=1)
     torch.testing.assert_close(decoded, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+def test_every_kernel_decodes_by_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", _stand_in_for_flash_attn())
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 6, 4, 8).to(dtype).unbind(0)
+    kept = product_dtype(q) if kernel == "sdpa" else dtype
+    cache = ImageCache(*torch.full((2, 2, 9, 4, 8), float("nan"), dtype=kept).unbind(0))
+    if kernel == "flash":  # the stand-in reads beyond the position and masks it away
+        cache.keys.zero_()
+        cache.values.zero_()
+    for place in range(6):
+        now = slice(place, place + 1)
+        out = cached_attention(q[:, now], k[:, now], v[:, now], cache, place, kernel)
+        scores = torch.einsum("bnk,bsnk->bns", q[:, place].double(), k[:, : place + 1].double())
+        weights = (scores * 8**-0.5).softmax(dim=-1)
+        expected = torch.einsum("bns,bsnk->bnk", weights, v[:, : place + 1].double())
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out[:, 0].double(), expected, atol=tolerance, rtol=0)
+        assert out.dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_on_a_gpu_equals_the_full_forward(kernel: str, dtype: torch.dtype) -> None:
+    if kernel == "flash":
+        if dtype == torch.float32:
+            pytest.skip("flash-attn has no float32")
+        pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    config = LatentGPTConfig(64, 4, 4, 8, layers=2, hidden=64, heads=4, attention=kernel)
+    model = LatentGPT(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = model.to("cuda", dtype)
+    tokens = torch.randint(64, (3, 16), device="cuda")
+    text = torch.randn(3, 5, 8, device="cuda", dtype=dtype)
+    null_text = torch.tensor([False, True, False], device="cuda")
+    with torch.no_grad():
+        expected = model(tokens, text, null_text=null_text)
+    state = model.start_decoding(text, null_text=null_text)
+    decoded = [model.read_given(tokens[:, :3], state)]
+    decoded += [model.decode_next(tokens[:, place], state) for place in range(3, 15)]
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(
+        torch.stack(decoded, dim=1), expected[:, 3:], atol=tolerance, rtol=tolerance
+    )
 
 
 @pytest.mark.gpu
