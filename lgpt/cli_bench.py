@@ -93,6 +93,31 @@ def bench_loader_command(
     print_table(loader_table(result), result, as_json)
 
 
+@bench_app.command("sample")
+def bench_sample_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    batch: list[int] = typer.Option([1, 16], min=1, help="pictures at a time; may be repeated"),
+    rounds: int = typer.Option(5, min=1, help="medians over so many rounds are given"),
+    tokens: Optional[int] = typer.Option(
+        None, min=2, help="draw only a picture's last so many tokens"
+    ),
+    words: int = typer.Option(20, min=1, max=77, help="text tokens of a prompt"),
+    peers: bool = typer.Option(
+        True, help="also LlamaGen's sampler and transformers' GPT2, at equal parameters"
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Measure drawing with guidance: tokens a second, beside two others and the memory bound."""
+    run = load_transformer_run(config, overrides)
+    from lgpt.sampling.bench_sample import bench_sample, sample_table
+
+    result = bench_sample(
+        run, batches=batch, rounds=rounds, tokens=tokens, words=words, peers=peers
+    )
+    print_table(sample_table(result), result, as_json)
+
+
 @bench_app.command("vqvae")
 def bench_vqvae_command(
     config: str = CONFIG,

@@ -1,0 +1,249 @@
+"""`lgpt bench sample`: how fast a run's transformer draws, beside two others and what could be.
+
+A token cannot come sooner than the weights and caches that it needs come out of memory: that is the
+bound. All systems draw with guidance, in the same dtype, on random weights; they take turns in
+every round, so that a machine that gets slower does it to all. Time counts from the first drawn
+token on, so reading the text and a picture's beginning is in nobody's favour.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from lgpt.core.errors import SettingsError
+from lgpt.engine.memory import peak_bytes
+from lgpt.engine.start import device_of_this_rank, multiplies_bf16
+from lgpt.models.attention import product_dtype
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.models.packed_linear import pack_for_decoding
+from lgpt.planning.parameters import transformer_surroundings
+from lgpt.sampling.bench_peers import Gpt2Sampler, LlamaGenSampler
+from lgpt.sampling.generate import generate_tokens
+from lgpt.settings.phases import TransformerRun
+
+OURS, LLAMAGEN, GPT2 = "lgpt", "LlamaGen's sampler", "transformers' GPT2"
+_READ_BYTES = 256 * 2**20
+_LEAST_GUIDANCE = 1.5  # where the run has none: both halves are drawn all the same
+
+
+def bench_sample(
+    run: TransformerRun,
+    *,
+    batches: Sequence[int] = (1, 16),
+    rounds: int = 5,
+    tokens: Optional[int] = None,
+    words: int = 20,
+    peers: bool = True,
+) -> dict[str, Any]:
+    """Measure drawing with a run's transformer, random weights, guidance on.
+
+    Args:
+        run: Its transformer, resolution, VQ-VAE, text encoder and sampling numbers are taken; none
+            of its files is opened.
+        batches: Pictures at a time, measured one after the other.
+        rounds: Each lets every system draw once; medians are given.
+        tokens: Draw only a picture's last so many, after random ones that are given.
+        words: Text tokens of a prompt.
+        peers: Measure LlamaGen's sampler and transformers' GPT2 too.
+
+    Returns:
+        JSON values. For every batch and system tokens and images a second, for ours also the bytes
+        that a step reads (weights once, caches half full), the steps a second that the measured
+        read bandwidth allows, and the share of them that was reached; `ratios` are ours by theirs,
+        medians over rounds.
+
+    Raises:
+        SettingsError: The shape cannot be known from the settings, or `tokens` do not fit.
+    """
+    codes, side, text_width = transformer_surroundings(run)
+    config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
+    if config.text_width is None:
+        raise SettingsError(
+            "bench sample measures with guidance, and conditioning is unconditional: there is no "
+            "text to guide by; give conditioning=text_conditional."
+        )
+    tokens = tokens or config.num_tokens
+    if not 2 <= tokens <= config.num_tokens:
+        raise SettingsError(f"--tokens {tokens} must lie between 2 and {config.num_tokens}.")
+    device = device_of_this_rank()
+    dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    ours = _Ours(config, run, device, dtype)
+    systems: dict[str, Any] = {OURS: ours}
+    if peers:
+        for name, kind in ((LLAMAGEN, LlamaGenSampler), (GPT2, Gpt2Sampler)):
+            systems[name] = kind(config, ours.parameters_count, device, dtype)
+    numbers = {
+        "guidance": max(run.sampling.guidance, _LEAST_GUIDANCE),
+        "temperature": run.sampling.temperature,
+        "top_k": run.sampling.top_k,
+    }
+    results = [
+        _measure(systems, config, batch, rounds, tokens, words, numbers) for batch in batches
+    ]
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens_per_image": config.num_tokens,
+        "tokens_drawn": tokens,
+        "text_tokens": words,
+        "rounds": rounds,
+        **numbers,
+        "parameters": {name: system.parameters_count for name, system in systems.items()},
+        "batches": results,
+        "peak_bytes": peak_bytes(device),
+    }
+
+
+class _Ours:
+    """LatentGPT with random weights, as `TextToImagePipeline` holds it."""
+
+    def __init__(
+        self,
+        config: LatentGPTConfig,
+        run: TransformerRun,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        model = LatentGPT(config).eval()
+        torch.nn.init.normal_(model.head.weight, std=0.02)
+        self.parameters_count, self.run = model.num_parameters(), run
+        # Of the embedding a step reads a few rows; the text's keys and values are made once.
+        once = [block.cross_attention.kv.weight for block in model.blocks] + [
+            model.token_embedding.weight
+        ]
+        rest = self.parameters_count - sum(weight.numel() for weight in once)
+        self.weight_bytes = rest * dtype.itemsize
+        self.model = model.to(device, dtype)
+        if device.type == "cpu":
+            pack_for_decoding(self.model)
+
+    def bytes_per_step(self, batch: int, words: int, places: float) -> float:
+        """What one step reads: weights, and of both halves' caches what is filled."""
+        config = self.model.config
+        like = self.model.start_embedding.weight
+        per_place = 2 * config.hidden * config.layers * product_dtype(like).itemsize
+        return self.weight_bytes + 2 * batch * per_place * (places + words + 1)
+
+    def draw(self, text: Tensor, given: Tensor, **numbers: Any) -> list[float]:
+        """The moments at which tokens were there; as the peers' `draw`."""
+        stamps: list[float] = []
+
+        def progress(count: int) -> None:
+            if text.device.type == "cuda":
+                torch.cuda.synchronize(text.device)
+            stamps.append(time.perf_counter())
+
+        sampling = self.run.sampling
+        generate_tokens(
+            self.model,
+            text,
+            seeds=range(len(text)),
+            given=given if given.shape[1] else None,
+            progress=progress,
+            guidance_schedule=sampling.guidance_schedule,
+            guidance_power=sampling.guidance_power,
+            top_p=sampling.top_p,
+            **numbers,
+        )
+        return stamps[1:] if given.shape[1] else stamps  # the given ones are told of first
+
+
+def _measure(
+    systems: dict[str, Any],
+    config: LatentGPTConfig,
+    batch: int,
+    rounds: int,
+    tokens: int,
+    words: int,
+    numbers: dict[str, Any],
+) -> dict[str, Any]:
+    """All systems at one batch size, in turn, round after round; one more round warms them up."""
+    ours: _Ours = systems[OURS]
+    device = next(ours.model.parameters()).device
+    text = torch.randn(batch, words, config.text_width or 0, device=device)
+    given_shape = (batch, config.num_tokens - tokens)
+    given = torch.randint(config.codebook_size, given_shape, device=device)
+    memory = torch.ones(_READ_BYTES // 4, device=device)
+    rates: dict[str, list[float]] = {name: [] for name in systems}
+    read_rates: list[float] = []
+    for number in range(rounds + 1):
+        names = list(systems)
+        turn = number % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            stamps = systems[name].draw(text, given, **numbers)
+            gc.collect()
+            if number:
+                rates[name].append(batch * (len(stamps) - 1) / (stamps[-1] - stamps[0]))
+        if number:
+            read_rates.append(_bytes_per_second(memory))
+    read_rate = statistics.median(read_rates)
+    bytes_per_step = ours.bytes_per_step(batch, words, config.num_tokens - tokens / 2)
+    bound = read_rate / bytes_per_step * batch
+    return {
+        "batch": batch,
+        "tokens_per_second": {name: statistics.median(r) for name, r in rates.items()},
+        "images_per_second": {
+            name: statistics.median(r) / config.num_tokens for name, r in rates.items()
+        },
+        "tokens_per_second_of_rounds": rates,
+        "ratios": {
+            name: statistics.median(a / b for a, b in zip(rates[OURS], rates[name]))
+            for name in systems
+            if name != OURS
+        },
+        "read_bytes_per_second": read_rate,
+        "bytes_per_step": bytes_per_step,
+        "bound_tokens_per_second": bound,
+        "bandwidth_share": statistics.median(
+            rate * bytes_per_step / batch / read for rate, read in zip(rates[OURS], read_rates)
+        ),
+    }
+
+
+def _bytes_per_second(memory: Tensor) -> float:
+    """How fast this device reads memory, the best of three sums over 256 MiB."""
+    seconds = []
+    for _ in range(3):
+        if memory.device.type == "cuda":
+            torch.cuda.synchronize(memory.device)
+        started_at = time.perf_counter()
+        float(memory.sum())
+        seconds.append(time.perf_counter() - started_at)
+    return memory.numel() * memory.element_size() / min(seconds)
+
+
+def sample_table(result: dict[str, Any]) -> Table:
+    """The result of `bench_sample` for people."""
+    drawn = f"{result['tokens_drawn']} of {result['tokens_per_image']} tokens"
+    table = Table(
+        title=f"Drawing {drawn} with guidance {result['guidance']:g}, {result['dtype']}, on "
+        f"{result['device']}, peak {result['peak_bytes'] / 2**30:.1f} GiB"
+    )
+    for name in ("batch", "sampler"):
+        table.add_column(name)
+    for name in ("parameters", "tokens/s", "images/s", "ours is", "of the memory bound"):
+        table.add_column(name, justify="right")
+    for measured in result["batches"]:
+        for name, rate in measured["tokens_per_second"].items():
+            is_ours = name == OURS
+            share = f"{100 * measured['bandwidth_share']:.0f}%"
+            bound = f"{share} of {measured['bound_tokens_per_second']:.0f} tokens/s"
+            table.add_row(
+                str(measured["batch"]),
+                name,
+                f"{result['parameters'][name] / 1e6:,.1f}M",
+                f"{rate:.1f}",
+                f"{measured['images_per_second'][name]:.3f}",
+                "" if is_ours else f"{measured['ratios'][name]:.2f}x",
+                bound if is_ours else "",
+            )
+    return table
