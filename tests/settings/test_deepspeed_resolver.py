@@ -162,7 +162,10 @@ def test_indivisible_batch_names_all_numbers_and_the_fix():
         ({**zero(2), "communication_data_type": "fp16"}, "contradicts training.precision = bf16"),
         ({**zero(2), "checkpoint": {"load_universal": True}}, "must be false or absent"),
         ({**zero(2), "checkpoint": {"writer": {"type": "FAST"}}}, "torch 2.6"),
-        ({**zero(2), "activation_checkpointing": {"cpu_checkpointing": True}}, "would be recomput"),
+        (
+            {**zero(2), "activation_checkpointing": {"cpu_checkpointing": True}},
+            "is said by blocks.checkpointing",
+        ),
         ({**zero(2), "elasticity": {"enabled": True}}, "removed from DeepSpeed"),
         ({**zero(2), "tensor_parallel": {"autotp_size": 2}}, "data parallelism"),
         ({**zero(2), "wandb": {"enabled": "auto"}}, "is left over"),
