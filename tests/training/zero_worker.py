@@ -56,6 +56,7 @@ def main() -> None:
         for config in configs
         for stage in (2, 3)
         for precision in ("fp32", "bf16")
+        if precision == "fp32" or config.stem != "vqvae_averages"  # its restarts amplify noise
     }
     if is_rank_zero():
         out.write_text(json.dumps(results))
