@@ -11,9 +11,11 @@ import tiny
 import torch
 
 from lgpt.checkpoint import store
+from lgpt.checkpoint.manifest import Manifest
 from lgpt.core.errors import OutOfMemoryError
 from lgpt.settings.run import load_run_settings
 from lgpt.training import train as training
+from lgpt.training.resume import Resume
 
 
 def run_out_of_memory(*_: Any, **__: Any) -> NoReturn:
@@ -26,13 +28,16 @@ def load_into_a_full_device(*_: Any) -> None:
 
 @pytest.mark.parametrize(
     ("part", "fake"),
-    [("VqvaeTask.build_engines", run_out_of_memory), ("_resume", load_into_a_full_device)],
+    [("VqvaeTask.build_engines", run_out_of_memory), ("load_resume", load_into_a_full_device)],
 )
 def test_a_full_device_is_told_even_before_the_first_step(tmp_path, monkeypatch, part, fake):
     config = tiny.write(tmp_path / "run.yaml", tiny.vqvae_run(tmp_path, 4))
     run = load_run_settings(config, environ={})
     monkeypatch.setattr(training, "start_process_group", lambda: torch.device("cpu"))
     monkeypatch.setattr(training, "find_whole_checkpoint", lambda folder: tmp_path / "step_4")
+    manifest = Manifest(step=4, world_size=1, engines={}, files={}, versions={})
+    resume = Resume(tmp_path / "step_4", manifest, run, run, run, "config")
+    monkeypatch.setattr(training, "decide_resume", lambda *_: resume)
     monkeypatch.setattr(training.VqvaeTask, "build_engines", lambda *_: None)
     monkeypatch.setattr(f"lgpt.training.train.{part}", fake)
     with pytest.raises(OutOfMemoryError, match=r"micro_batch_images 2; lower it.*said: CUDA out"):
