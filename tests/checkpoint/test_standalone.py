@@ -28,12 +28,12 @@ HUB_NAME = "openai/clip-vit-base-patch32"
 def named(saves, tmp_path, monkeypatch) -> Path:
     """A checkpoint whose text encoder is named by the hub, while a hub is in reach."""
     local = saves.folder / "text_encoder"
-    real = clip_encoder._folder_of
+    real = clip_encoder.clip_folder
 
     def reachable(name: str) -> Path:
         return local if name == HUB_NAME else real(name)
 
-    monkeypatch.setattr(clip_encoder, "_folder_of", reachable)
+    monkeypatch.setattr(clip_encoder, "clip_folder", reachable)
     digest = ClipTextEncoder.from_pretrained(local).digest
     encoder = {"name": HUB_NAME, "is_random": False, "digest": digest}
     return edited_copy(saves.folder / "runs" / "phase3", tmp_path, text_encoder=encoder)
