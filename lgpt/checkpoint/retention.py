@@ -135,6 +135,12 @@ def sweep(checkpoints: Path, left_overs: Sequence[str] = _LEFT_OVERS) -> list[st
                 shutil.rmtree(folder)
             except OSError as error:
                 problems.append(str(error))
+    if "staging" in left_overs:
+        for half_written in checkpoints.glob(".*.tmp"):  # core/files.py, killed before its rename
+            try:
+                half_written.unlink()
+            except OSError as error:
+                problems.append(str(error))
     return problems
 
 

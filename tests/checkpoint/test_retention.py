@@ -128,6 +128,14 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path)
     assert verify(folder, deep=True) == []
 
 
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
+    checkpoints = make(tmp_path, 3).parent
+    (checkpoints / ".staging_step_4").mkdir()
+    (checkpoints / ".latest.4711.tmp").write_text("step_4")
+    prune(checkpoints, Keep(2))
+    assert [path.name for path in checkpoints.iterdir()] == ["step_3"]
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """Six checkpoints: the newest without a manifest, the one before it with a flipped bit."""
