@@ -12,7 +12,6 @@ Shapes: B rows, L tokens, S cache positions, D width, N heads, K head width, V c
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lgpt.engine.clock import seconds_when_done
 from lgpt.models.latent_gpt import LatentGPTConfig
 
 PREFIX = 120
@@ -48,7 +48,7 @@ def gpt2_parameters(config: LatentGPTConfig, width: int) -> int:
     return layers + (config.codebook_size + config.num_tokens + 2) * width
 
 
-class _RmsNorm(nn.Module):
+class RmsNorm(nn.Module):
     """LlamaGen's own: in float32, cast back, times the weight."""
 
     def __init__(self, width: int) -> None:
@@ -66,7 +66,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.heads = heads
         inner = _llamagen_inner(width)
-        self.attention_norm, self.ffn_norm = _RmsNorm(width), _RmsNorm(width)
+        self.attention_norm, self.ffn_norm = RmsNorm(width), RmsNorm(width)
         self.wqkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
         self.w1 = nn.Linear(width, inner, bias=False)
@@ -80,7 +80,7 @@ class _Layer(nn.Module):
         q, k, v = (
             part.view(batch, length, self.heads, -1) for part in self.wqkv(h).split(width, dim=-1)
         )
-        q, k, v = (t.transpose(1, 2) for t in (_turn(q, turns), _turn(k, turns), v))
+        q, k, v = (t.transpose(1, 2) for t in (turned_pairs(q, turns), turned_pairs(k, turns), v))
         self.k_cache[:, :, places], self.v_cache[:, :, places] = k, v
         attended = functional.scaled_dot_product_attention(
             q, self.k_cache, self.v_cache, attn_mask=mask
@@ -95,8 +95,8 @@ def _llamagen_inner(width: int, multiple: int = _MULTIPLE) -> int:
     return -(-int(8 * width / 3) // multiple) * multiple
 
 
-def _turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary positions of neighbouring pairs, in float32."""
+def turned_pairs(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary positions of neighbouring pairs of x [B, S, N, K], in float32; turns [S, K/2, 2]."""
     pairs = x.float().reshape(*x.shape[:-1], -1, 2)
     cos, sin = turns[None, :, None, :, 0], turns[None, :, None, :, 1]
     first, second = pairs[..., 0], pairs[..., 1]
@@ -125,7 +125,7 @@ class LlamaGenSampler(nn.Module):
         self.caption_out = nn.Linear(width, width, bias=False)
         self.tok_embeddings = nn.Embedding(config.codebook_size, width)
         self.layers = nn.ModuleList(_Layer(width, config.heads) for _ in range(config.layers))
-        self.norm = _RmsNorm(width)
+        self.norm = RmsNorm(width)
         self.output = nn.Linear(width, config.codebook_size, bias=False)
         self.parameters_count = sum(p.numel() for p in self.parameters())
         self.to(device, dtype)
@@ -170,7 +170,7 @@ class LlamaGenSampler(nn.Module):
         stamps = []
         for _ in range(self.config.num_tokens - given.shape[1]):
             token = self._next(x, places, causal, guidance, temperature, top_k)
-            stamps.append(_now(device))
+            stamps.append(seconds_when_done(device))
             x = self.tok_embeddings(torch.cat([token, token]))
             places = places[-1:] + 1
         return stamps
@@ -274,11 +274,5 @@ class _Guide:
         logits = without + (with_text - without) * self.guidance
         token = _sample(logits, self.temperature, self.top_k)
         chosen = torch.full_like(scores, -float("inf")).scatter_(1, token.repeat(2, 1), 0.0)
-        self.stamps.append(_now(scores.device))
+        self.stamps.append(seconds_when_done(scores.device))
         return chosen
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -19,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lgpt.core.errors import SettingsError
+from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.attention import product_dtype
@@ -138,9 +138,7 @@ class _Ours:
         stamps: list[float] = []
 
         def progress(count: int) -> None:
-            if text.device.type == "cuda":
-                torch.cuda.synchronize(text.device)
-            stamps.append(time.perf_counter())
+            stamps.append(seconds_when_done(text.device))
 
         sampling = self.run.sampling
         generate_tokens(
@@ -213,11 +211,9 @@ def _bytes_per_second(memory: Tensor) -> float:
     """How fast this device reads memory, the best of three sums over 256 MiB."""
     seconds = []
     for _ in range(3):
-        if memory.device.type == "cuda":
-            torch.cuda.synchronize(memory.device)
-        started_at = time.perf_counter()
+        started_at = seconds_when_done(memory.device)
         float(memory.sum())
-        seconds.append(time.perf_counter() - started_at)
+        seconds.append(seconds_when_done(memory.device) - started_at)
     return memory.numel() * memory.element_size() / min(seconds)
 
 

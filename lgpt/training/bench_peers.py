@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lgpt.core.errors import SettingsError
 from lgpt.models.latent_gpt import LatentGPTConfig
+from lgpt.sampling.bench_peers import RmsNorm, turned_pairs
 
 _CAPTION_TOKENS, _CAPTION_WIDTH = 120, 2048  # Flan-T5-XL's, padded to 120
 _DROPOUT = 0.1
@@ -23,23 +24,11 @@ _DROPOUT = 0.1
 PEERS = ("llamagen", "gpt2")
 
 
-class _RMSNorm(nn.Module):
-    """As LlamaGen writes it: in float32, then back."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
-        return normed.type_as(x) * self.weight
-
-
 class _LlamaGenBlock(nn.Module):
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
         self.heads = heads
-        self.attention_norm, self.ffn_norm = _RMSNorm(width), _RMSNorm(width)
+        self.attention_norm, self.ffn_norm = RmsNorm(width), RmsNorm(width)
         self.wqkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
         self.w1 = nn.Linear(width, inner, bias=False)
@@ -50,21 +39,13 @@ class _LlamaGenBlock(nn.Module):
         batch, length, width = x_BSD.shape
         qkv = self.wqkv(self.attention_norm(x_BSD)).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.unbind(dim=2)
-        q, k = (_rotated(part, rotation).transpose(1, 2) for part in (q, k))
+        q, k = (turned_pairs(part, rotation).transpose(1, 2) for part in (q, k))
         attended = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask)
         merged = attended.transpose(1, 2).reshape(batch, length, width)
         x_BSD = x_BSD + functional.dropout(self.wo(merged), _DROPOUT, self.training)
         normed = self.ffn_norm(x_BSD)
         out = self.w2(functional.silu(self.w1(normed)) * self.w3(normed))
         return x_BSD + functional.dropout(out, _DROPOUT, self.training)
-
-
-def _rotated(x_BSNK: Tensor, rotation: Tensor) -> Tensor:
-    pairs = x_BSNK.float().reshape(*x_BSNK.shape[:-1], -1, 2)
-    cos, sin = rotation[:, None, :, 0], rotation[:, None, :, 1]
-    first, second = pairs[..., 0], pairs[..., 1]
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.flatten(3).type_as(x_BSNK)
 
 
 class LlamaGenTextToImage(nn.Module):
@@ -77,14 +58,13 @@ class LlamaGenTextToImage(nn.Module):
     def __init__(self, config: LatentGPTConfig, inner: int) -> None:
         super().__init__()
         width = config.hidden
-        self.grid_tokens = config.num_tokens
         self.tok_embeddings = nn.Embedding(config.codebook_size, width)
         self.caption_in = nn.Linear(_CAPTION_WIDTH, width, bias=False)
         self.caption_out = nn.Linear(width, width, bias=False)
         self.layers = nn.ModuleList(
             _LlamaGenBlock(width, config.heads, inner) for _ in range(config.layers)
         )
-        self.norm = _RMSNorm(width)
+        self.norm = RmsNorm(width)
         self.output = nn.Linear(width, config.codebook_size, bias=False)
         total = _CAPTION_TOKENS + config.num_tokens
         rotation = torch.zeros(total, config.head_width // 2, 2)

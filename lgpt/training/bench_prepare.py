@@ -24,6 +24,7 @@ from lgpt.core.logging import get_logger
 from lgpt.data.captioned import BadImage, CaptionedDataset
 from lgpt.data.latent_cache import ImageEncoder, build_latent_cache, pictures_per_call
 from lgpt.data.transforms import ImageTransform, to_unit_range
+from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.start import device_of_this_rank
 from lgpt.models.vqvae import VQVAE
 from lgpt.models.vqvae_config import VQVAEConfig
@@ -230,12 +231,10 @@ def _batch_in_memory(
 
 
 def _seconds_of_bare_loop(vqvae: VQVAE, batch: Tensor, images: int, device: torch.device) -> float:
-    _synchronise(device)
-    started_at = time.perf_counter()
+    started_at = seconds_when_done(device)
     for first in range(0, images, len(batch)):
         vqvae.encode(batch[: images - first])
-    _synchronise(device)
-    return time.perf_counter() - started_at
+    return seconds_when_done(device) - started_at
 
 
 class _TimedEncoder:
@@ -278,11 +277,6 @@ def _seconds_of_preparation(
             show_progress=False,
         )
         return time.perf_counter() - started_at
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _name_of(device: torch.device) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any, Callable
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from lgpt.core.distributed import seed_everything
 from lgpt.engine.blocks import apply_block_settings
 from lgpt.engine.build import build_engine, parameter_dtype
+from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.start import afford_bf16, device_of_this_rank, start_process_group
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
@@ -84,23 +84,17 @@ def _one_step(
     step: Any, task: dict[str, Any], config: LatentGPTConfig, device: torch.device
 ) -> dict[str, float]:
     batch = task["micro_batch"]
-    times = [_now(device)]
+    times = [seconds_when_done(device)]
     tokens = torch.randint(config.codebook_size, (batch, config.num_tokens), device=device)
     text = step.text(batch, task["words"], config.text_width)
-    times.append(_now(device))
+    times.append(seconds_when_done(device))
     loss = step.forward(tokens, text)
-    times.append(_now(device))
+    times.append(seconds_when_done(device))
     step.backward(loss)
-    times.append(_now(device))
+    times.append(seconds_when_done(device))
     step.step()
-    times.append(_now(device))
+    times.append(seconds_when_done(device))
     return {part: after - before for part, before, after in zip(PARTS, times, times[1:])}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def product_shapes(config: LatentGPTConfig) -> list[tuple[int, int, int]]:
@@ -140,9 +134,9 @@ def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
     work()
     best = float("inf")
     for _ in range(_PRODUCT_REPEATS):
-        started_at = _now(device)
+        started_at = seconds_when_done(device)
         work()
-        best = min(best, _now(device) - started_at)
+        best = min(best, seconds_when_done(device) - started_at)
     return best
 
 
