@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
 
 import pytest
 
@@ -34,3 +39,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_items and not _cuda_is_there():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def beside_a_silent_hub(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program whose hub takes the connection and says nothing."""
+
+    def run(program: str, *, timeout: float) -> subprocess.CompletedProcess[str]:
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(20)
+            environment = {
+                "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+                "HF_HOME": str(tmp_path),
+                "NO_PROXY": "127.0.0.1",
+                "PATH": "/usr/bin:/bin",
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+            }
+            return subprocess.run(
+                [sys.executable, "-c", program],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+
+    return run

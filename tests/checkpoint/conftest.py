@@ -1,4 +1,4 @@
-"""One launch on two ranks for all tests of saving, resuming and converting."""
+"""Ranks for tests of checkpoints: one launch for saving and converting, forked ones for runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_ranks import ForkedRanks, forked_ranks
 
 WORKER = Path(__file__).with_name("two_rank_saves.py")
 
@@ -54,3 +56,16 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> TwoRankSaves:
     assert all(file.exists() for file in files), output[-5000:]
     assert done.returncode != 0, "the last save was to be killed"
     return TwoRankSaves(folder, [json.loads(file.read_text()) for file in files], output)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of one file of tests are."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Iterator[ForkedRanks]:
+    """Two ranks that are forked for each run, for one file of tests."""
+    with forked_ranks(folder) as server:
+        yield server

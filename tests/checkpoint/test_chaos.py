@@ -9,12 +9,11 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_runs
-from forked_ranks import ForkedRanks, Kill, Outcome, forked_ranks
+from forked_ranks import ForkedRanks, Kill, Outcome
 from test_resume import steps_of
 
 from lgpt.checkpoint.folders import newest_checkpoint, step_folders, step_of, verify
@@ -24,17 +23,6 @@ CASES = (("vqvae", "zero2_bf16", "fp32"), ("transformer", "zero3_bf16", "bf16"))
 # Where kills aim; the first ones so that eight rounds have each of them once.
 AIMS = ("publish", "validate", "step", "prune", "stage", "draw", "complete", "load")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("chaos")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> Iterator[ForkedRanks]:
-    with forked_ranks(folder) as server:
-        yield server
 
 
 def whole_steps(run_folder: Path) -> list[int]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
 import torch
-from forked_ranks import ForkedRanks, forked_ranks
 
 from lgpt.checkpoint.deepspeed_files import read_safely
 from lgpt.checkpoint.manifest import read_manifest
@@ -19,17 +18,6 @@ from lgpt.checkpoint.resume_diff import facts_rows, settings_rows, settled, tabl
 from lgpt.settings.run import load_run_settings
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("resume")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> Iterator[ForkedRanks]:
-    with forked_ranks(folder) as server:
-        yield server
 
 
 def steps_of(run_folder: Path) -> list[dict[str, float]]:

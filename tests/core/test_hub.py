@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +15,7 @@ from lgpt.core.errors import CheckpointError
 from lgpt.core.hub import ANSWER_SECONDS, hub_folder
 
 
-def test_a_hub_that_takes_the_connection_and_says_nothing_is_given_up_on(tmp_path: Path):
+def test_a_hub_that_takes_the_connection_and_says_nothing_is_given_up_on(beside_a_silent_hub):
     program = """
 import sys
 from lgpt.core.hub import hub_folder
@@ -27,24 +24,8 @@ try:
 except ConnectionError as error:
     print(error)
 """
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(20)
-        environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
-            "HF_HOME": str(tmp_path),
-            "NO_PROXY": "127.0.0.1",
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=20 * ANSWER_SECONDS,  # without a deadline it waits for ever
-            check=False,
-        )
+    # Without a deadline it waits for ever.
+    done = beside_a_silent_hub(program, timeout=20 * ANSWER_SECONDS)
     assert done.stdout.strip(), done.stderr
     assert "Traceback" not in done.stderr
 

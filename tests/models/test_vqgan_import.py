@@ -7,9 +7,6 @@ import json
 import logging
 import math
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -417,7 +414,7 @@ def test_hub_name_is_asked_for_config_and_weights_and_refused_without_them(
         load_vqvae("pretrained_hf", "some/vqgan")
 
 
-def test_hub_that_takes_the_connection_and_says_nothing_is_given_up_on(tmp_path: Path) -> None:
+def test_hub_that_takes_the_connection_and_says_nothing_is_given_up_on(beside_a_silent_hub) -> None:
     program = """
 import lgpt.core.hub
 from lgpt import load_vqvae
@@ -429,24 +426,8 @@ for source in ("pretrained_hf", "pretrained_llamagen"):
     except CheckpointError as error:
         print(error)
 """
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(20)
-        environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
-            "HF_HOME": str(tmp_path),
-            "NO_PROXY": "127.0.0.1",
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,  # without a deadline it waits for ever
-            check=False,
-        )
+    # Without a deadline it waits for ever.
+    done = beside_a_silent_hub(program, timeout=120)
     words = "VQ-VAE 'nobody/nothing' is neither a folder nor a reachable hub model"
     assert done.stdout.count(words) == 2, done.stderr
 
