@@ -32,8 +32,13 @@ from lgpt.training.stop_signals import StopSignals
 from lgpt.training.task import TrainingTask
 
 _MOST_SKIPPED_STEPS = 10  # in a row
-_COMPANIONS = ("config.yaml", "ds_source.json", "ds_config.json", "model_config.json")
-_COMPANIONS += ("warm_start.json",)
+_COMPANIONS = (
+    "config.yaml",
+    "ds_source.json",
+    "ds_config.json",
+    "model_config.json",
+    "warm_start.json",
+)
 
 _log = get_logger(__name__)
 
