@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -73,14 +74,14 @@ def run_training(
     with StopSignals() as signals:
         loop = _Loop(run, task, tracker, progress, device)
         while not loop.is_finished():
-            is_stopping = loop.one_step(signals)
-            if is_stopping and not loop.is_finished():
+            stopped_by = loop.one_step(signals)
+            if stopped_by is not None and not loop.is_finished():
                 loop.save()
                 loop.close()
                 barrier()  # the launcher ends all ranks as soon as one exits with a code
                 raise StoppedEarly(
-                    f"Stopped by {signals.received or 'a signal to another rank'} after step "
-                    f"{progress.step} of {run.training.max_steps}; checkpoint saved in "
+                    f"Stopped by {stopped_by} after step {progress.step} of "
+                    f"{run.training.max_steps}; checkpoint saved in "
                     f"{run.run_folder / 'checkpoints'}. The same command goes on from there."
                 )
         loop.finish()
@@ -124,8 +125,8 @@ class _Loop:
         minutes = self.run.training.max_minutes
         return 0.0 if minutes is None else self.progress.elapsed_seconds / (60 * minutes)
 
-    def one_step(self, signals: StopSignals) -> bool:
-        """One optimizer step and what is due after it; True when any rank was told to stop."""
+    def one_step(self, signals: StopSignals) -> Optional[str]:
+        """One optimizer step and what is due after it; the signal that any rank got to stop."""
         training, schedule = self.run.training, self.run.schedule
         started_at = time.monotonic()
         learning_rate = learning_rate_at(
@@ -143,7 +144,7 @@ class _Loop:
         self.progress.elapsed_seconds += time.monotonic() - started_at
         agreed = max_over_ranks(
             {
-                "is_stopping": float(signals.received is not None),
+                "signal": float(signal.Signals[signals.received]) if signals.received else 0.0,
                 "has_diverged": float(bool(self._not_finite(metrics))),
                 "is_skipped": float(any(math.isinf(metrics[name]) for name in _norms(metrics))),
                 "elapsed_seconds": self.progress.elapsed_seconds,
@@ -157,6 +158,7 @@ class _Loop:
                 f"{names[0]} is not finite at step {self.progress.step + 1} (on this rank {here}; "
                 f"gradient norm {metrics['gradient_norm']})"
             )
+        stopped_by = signal.Signals(int(agreed["signal"])).name if agreed["signal"] else None
         self._count_skipped(agreed["is_skipped"] > 0)
         self.progress.elapsed_seconds = agreed["elapsed_seconds"]
         self.window.append(metrics)
@@ -165,9 +167,9 @@ class _Loop:
         step, is_last = self.progress.step, self.is_finished()
         if step % training.log_every == 0 or is_last:
             self._log_window(learning_rate)
-        if agreed["is_stopping"] and not is_last:
+        if stopped_by is not None and not is_last:
             # Slurm kills 30 s after its SIGTERM: no time for more than the caller's save.
-            return True
+            return stopped_by
         if _due(step, training.validate_every) or is_last:
             self._validate(is_last)
         # A skipped step changed nothing, and its save would push a better one out of keep_last.
@@ -175,7 +177,7 @@ class _Loop:
             self.save() if is_last else self._save_on_the_way()
         if _due(step, training.sample_every) or is_last:
             self._draw()
-        return agreed["is_stopping"] > 0
+        return stopped_by
 
     def _not_finite(self, metrics: Mapping[str, float]) -> list[str]:
         """The losses of this rank that must be finite and are not."""
