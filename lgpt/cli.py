@@ -17,7 +17,7 @@ from lgpt.cli_bench import bench_app
 from lgpt.cli_checkpoint import checkpoint_app
 from lgpt.cli_models import convert, export
 from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_run, load_transformer_run, print_table
-from lgpt.core.distributed import rank, world_size
+from lgpt.core.distributed import leave_process_group, rank, world_size
 from lgpt.core.errors import LgptError, SettingsError
 from lgpt.core.logging import configure_logging
 
@@ -95,6 +95,7 @@ def train(
     from lgpt.training.train import train as train_run
 
     train_run(run, ds_config)
+    leave_process_group()
 
 
 @app.command()
@@ -115,6 +116,7 @@ def prepare(
     from lgpt.training.encode_latents import prepare_latent_cache
 
     reports = prepare_latent_cache(run)
+    leave_process_group()
     if as_json and reports:
         print(json.dumps({"caches": reports}))
 

@@ -52,6 +52,19 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave_process_group() -> None:
+    """The last thing a rank does: wait for all ranks, then end the process group's threads.
+
+    With them a process that has done all its work can be aborted on its way out ("terminate called
+    without an active exception", gloo, torch 2.13), and the launcher counts it as failed.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def seed_everything(seed: int, rank: int = 0) -> None:
     """Seed Python, numpy and torch (CPU and CUDA) with `seed + rank`.
 

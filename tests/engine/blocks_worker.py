@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lgpt.core.distributed import is_rank_zero, rank
+from lgpt.core.distributed import is_rank_zero, leave_process_group, rank
 from lgpt.engine.blocks import apply_block_settings
 from lgpt.engine.build import build_engine, gradient_norm
 from lgpt.engine.start import start_process_group
@@ -59,6 +59,7 @@ def main() -> None:
             results[f"{stage} {text}"] = run_steps(stage, blocks)
     if is_rank_zero():
         Path(words[0]).write_text(json.dumps(results))
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lgpt.core.distributed import is_rank_zero, rank, seed_everything
+from lgpt.core.distributed import is_rank_zero, leave_process_group, rank, seed_everything
 from lgpt.engine.build import set_learning_rate
 from lgpt.engine.start import afford_bf16, start_process_group
 from lgpt.settings.deepspeed import resolve_deepspeed_config
@@ -67,6 +67,7 @@ def main() -> None:
         result = run_case(config, case)
         if is_rank_zero():
             torch.save(result, out / f"{name}.pt")
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import tiny
 import torch
 
-from lgpt.core.distributed import barrier, rank
+from lgpt.core.distributed import barrier, leave_process_group, rank
 from lgpt.core.errors import DataError, LgptError
 from lgpt.data.captioned import open_dataset
 from lgpt.engine import start
@@ -134,7 +134,7 @@ def main() -> None:
         "float32_products": a_machine_that_looks_fast_to_rank_1_only(),
     }
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
-    barrier()
+    leave_process_group()
 
 
 if __name__ == "__main__":

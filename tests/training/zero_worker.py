@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lgpt.core.distributed import is_rank_zero, rank, seed_everything
+from lgpt.core.distributed import is_rank_zero, leave_process_group, rank, seed_everything
 from lgpt.engine.build import build_engine, gradient_norm, set_learning_rate
 from lgpt.engine.ranks import mean_over_ranks
 from lgpt.engine.start import afford_bf16, start_process_group
@@ -60,6 +60,7 @@ def main() -> None:
     }
     if is_rank_zero():
         out.write_text(json.dumps(results))
+    leave_process_group()
 
 
 if __name__ == "__main__":
