@@ -51,7 +51,12 @@ class DataSettings(Section):
         "captions from the source and latents from the cache",
     )
     resolution: int = Field(256, ge=8, description="side of the square training images, pixels")
-    crops: int = Field(1, ge=1, description="different crops of every training image in the cache")
+    crops: int = Field(
+        1,
+        ge=1,
+        description="different crops of every training image: in the cache, or in phase 2 one an "
+        "epoch in turn",
+    )
     crop_scale_min: float = Field(
         1.0, gt=0, le=1, description="smallest crop side as a fraction of the image's shorter side"
     )

@@ -169,8 +169,8 @@ class _Llamagen:
     def step(self) -> None:
         task, size = self._ours.task, self._ours.run.batch.global_batch_images
         started_at = time.perf_counter()
-        items = task.order.indices(self.steps * size, size)
-        crops = task.crop_order.choices(self.steps * size, size, task.run.data.crops)
+        places = np.arange(self.steps * size, (self.steps + 1) * size)
+        items, crops = task.items_and_crops(places)
         pixels = torch.from_numpy(task.train_images.items(items, crops)).to(self._device)
         output = self.loop.step(to_unit_range(pixels))
         self.seconds += time.perf_counter() - started_at

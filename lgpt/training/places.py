@@ -21,6 +21,16 @@ def micro_batches_of(
     ]
 
 
+def crops_of(items: np.ndarray, epochs: np.ndarray, crops: int) -> np.ndarray:
+    """Which crop of each picture an epoch shows: another one every epoch, until all were shown.
+
+    Pictures begin at different crops, so every epoch mirrors half of them.
+    """
+    # Knuth's multiplier spreads neighbours; its upper bits, or items of one parity would stay so.
+    firsts = (items.astype(np.uint64) * np.uint64(2654435761)) >> np.uint64(16)
+    return ((firsts + epochs.astype(np.uint64)) % np.uint64(crops)).astype(np.int64)
+
+
 def validation_batches_of(
     num_items: int, *, wanted: int, micro_batch: int, rank: int, world: int
 ) -> list[np.ndarray]:

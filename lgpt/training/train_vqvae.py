@@ -23,9 +23,8 @@ from lgpt.settings.phases import Phase2
 from lgpt.training.components import open_split, transform_of
 from lgpt.training.gan import Adversary
 from lgpt.training.losses import reconstruction_loss
-from lgpt.training.places import micro_batches_of, validation_batches_of
+from lgpt.training.places import crops_of, micro_batches_of, validation_batches_of
 
-_CROP_STREAM = 1
 _GRID_IMAGES = 8
 
 
@@ -42,7 +41,6 @@ class VqvaeTask:
         self.val_images = self._images("val")
         self.training_images = len(self.train_images)
         self.order = SampleOrder(len(self.train_images), run.seed)
-        self.crop_order = SampleOrder(len(self.train_images), run.seed + _CROP_STREAM)
         self.model_config = VQVAEConfig.from_settings(run.vqvae)
         self.tokens_per_image = (run.data.resolution // run.vqvae.downsample_factor) ** 2
         self.model = VQVAE(
@@ -195,15 +193,16 @@ class VqvaeTask:
         self.model.quantize.begin_step()
 
     def _training_images(self, places: np.ndarray) -> torch.Tensor:
-        images = self._to_device(self.train_images.items(*self._items_and_crops(places)))
+        images = self._to_device(self.train_images.items(*self.items_and_crops(places)))
         next_step = places + self.run.batch.global_batch_images
-        self.train_images.prefetch(*self._items_and_crops(next_step))
+        self.train_images.prefetch(*self.items_and_crops(next_step))
         return images
 
-    def _items_and_crops(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        start, count = int(places[0]), len(places)
-        crops = self.crop_order.choices(start, count, np.full(count, self.run.data.crops))
-        return self.order.indices(start, count), crops
+    def items_and_crops(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which crop of which picture stands at consecutive places of the training sequence."""
+        items = self.order.indices(int(places[0]), len(places))
+        epochs = places // len(self.train_images)
+        return items, crops_of(items, epochs, self.run.data.crops)
 
     def _to_device(self, pictures: np.ndarray) -> torch.Tensor:
         images = to_unit_range(torch.from_numpy(pictures).to(self.device, non_blocking=True))

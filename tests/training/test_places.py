@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lgpt.training.places import micro_batches_of, validation_batches_of
+from lgpt.training.places import crops_of, micro_batches_of, validation_batches_of
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -32,3 +32,15 @@ def test_validation_gives_every_rank_the_same_shapes(items: int, world: int):
     assert used.max() < items
     if items >= world:
         assert len(set(used.tolist())) == len(used)
+
+
+@pytest.mark.parametrize("crops", [1, 2, 16, 512])
+def test_every_epoch_cuts_a_picture_anew(crops: int):
+    items = np.arange(300)
+    shown = np.stack([crops_of(items, np.full(300, epoch), crops) for epoch in range(crops)])
+    for of_picture in shown.T:
+        assert sorted(of_picture) == list(range(crops)), "each crop once before any comes again"
+    if crops > 1:
+        mirrored = (shown % 2).mean(axis=1)
+        assert mirrored.min() > 0.4
+        assert mirrored.max() < 0.6
