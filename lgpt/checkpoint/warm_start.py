@@ -24,6 +24,10 @@ from lgpt.core.logging import get_logger
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.models.model_folder import CONFIG_FILE, read_weights
 from lgpt.models.strict_loading import check_strictly
+from lgpt.models.vqgan_import import load_vqvae
+from lgpt.models.vqvae import VQVAE, inference_state
+from lgpt.models.vqvae_start import fitted_codes, refuse_another_architecture
+from lgpt.settings.vqvae import FinetuningSettings
 
 _KINDS = {"lgpt_latent_gpt": "latent_gpt", "lgpt_vqvae": "vqvae"}
 
@@ -36,8 +40,8 @@ class WarmStart:
 
     Attributes:
         source: The model folder, or the folder of the checkpoint's shards.
-        kind: model_folder or checkpoint.
-        step: Of the checkpoint; None for a model folder.
+        kind: model_folder or checkpoint; or who made the VQ-VAE, as in `finetuning.source`.
+        step: Of the checkpoint; None otherwise.
         tensors: How many were taken: all of the model's.
         elements: Numbers in them.
         differences: Fields of the two model configs that differ, as [there, here]; none of them
@@ -91,11 +95,50 @@ def load_first_weights(
             f"init_from {source} holds a {kind}, this run trains a {description['kind']}: name "
             "another folder."
         )
+    state: Mapping[str, Tensor]
     if found.kind == "model_folder":
         state = read_weights(found.folder)[0]
     else:
         state = merged_weights(found.folder)
+    return _take(model, state, found, description, source)
+
+
+def load_foreign_vqvae(
+    model: VQVAE, source: str, finetuning: FinetuningSettings, description: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], WarmStart]:
+    """Put the weights of a VQ-VAE that others trained into a fresh model. All ranks call it.
+
+    Args:
+        model: Whole and in float32, before its engine is built.
+        source: Hub name, folder or file.
+        finetuning: Says who made it.
+        description: What the run's `model_config.json` says of `model`.
+
+    Returns:
+        As `load_first_weights`.
+
+    Raises:
+        CheckpointError: Its files are unusable, or its architecture is not the run's.
+    """
+    opened = load_vqvae(finetuning.source, source, ddconfig=finetuning.ddconfig)
+    described = {"kind": "vqvae", "config": opened.config.to_dict()}
+    found = _Found(Path(source), finetuning.source, None, described)
+    return _take(model, inference_state(opened), found, description, Path(source))
+
+
+def _take(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    found: _Found,
+    description: Mapping[str, Any],
+    source: Path,
+) -> tuple[dict[str, Tensor], WarmStart]:
     differences = _differences(found.model.get("config", {}), description["config"])
+    if isinstance(model, VQVAE):
+        if "config" in found.model:
+            there, here = found.model["config"], description["config"]
+            refuse_another_architecture(there, here, f"init_from {source}")
+        state = fitted_codes(state, model)
     try:
         check_strictly(model.state_dict(), state, f"init_from {source}")
     except CheckpointError as error:
@@ -106,7 +149,7 @@ def load_first_weights(
         ) from error
     model.load_state_dict(state, strict=True)
     report = WarmStart(
-        source=str(found.folder.resolve()),
+        source=str(found.folder.resolve() if found.folder.exists() else found.folder),
         kind=found.kind,
         step=found.step,
         tensors=len(state),
@@ -115,7 +158,7 @@ def load_first_weights(
         is_same_vqvae=_is_same_vqvae(found.model.get("vqvae"), description.get("vqvae")),
     )
     _tell(report)
-    return state, report
+    return dict(state), report
 
 
 def _look_on_rank_zero(source: Path) -> _Found:

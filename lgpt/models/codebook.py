@@ -5,7 +5,7 @@ Shapes: B batch, h w latent grid, D code width, K codes, N = B*h*w latent vector
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -177,10 +177,17 @@ def apply_keeping_float32_buffers(
     DeepSpeed before 0.19 calls `module.bfloat16()` on the whole model: moving averages with a decay
     of 0.99 then stand still, because bf16 has 8 bits.
     """
-    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    before = dict(module._buffers)
     nn.Module._apply(module, fn, recurse)
+    keep_float32(module, before)
+    return module
+
+
+def keep_float32(module: nn.Module, before: Mapping[str, Optional[Tensor]]) -> None:
+    """Put back what rounded a module's own float32 buffers since `before`, on their new device."""
     for name, buffer in before.items():
         after = module._buffers[name]
-        if buffer.dtype == torch.float32 and after is not None and after.dtype != torch.float32:
+        if buffer is None or after is None:
+            continue
+        if buffer.dtype == torch.float32 and after.dtype != torch.float32:
             module._buffers[name] = buffer.to(device=after.device)
-    return module

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Optional, Union
+from typing import Any, ClassVar, NamedTuple, Optional, Union
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lgpt.models.codebook import keep_float32
+from lgpt.models.frozen_weights import freeze_in_float32
 from lgpt.models.loading_report import LoadingReport
 from lgpt.models.model_folder import (
     read_model_config,
@@ -31,7 +33,9 @@ from lgpt.models.vqvae_blocks import AttnBlock, Decoder, Encoder, ResnetBlock
 from lgpt.models.vqvae_config import VQVAEConfig
 
 _MODEL_TYPE = "lgpt_vqvae"
-_TRAINING_ONLY = ("codebook_update", "ema_decay", "revive_dead_codes", "dropout")
+# Fields of the config that decide how it learns, and tensors that only learning needs.
+TRAINING_ONLY = ("codebook_update", "ema_decay", "revive_dead_codes", "dropout")
+MOVING_AVERAGES = ("quantize.ema_count", "quantize.ema_sum", "quantize.is_initialized")
 
 
 class VQVAEOutput(NamedTuple):
@@ -68,6 +72,7 @@ class VQVAE(nn.Module):
     def __init__(self, config: VQVAEConfig, *, entropy_temperature: Optional[float] = None) -> None:
         super().__init__()
         self.config = config
+        self.tokens_are_frozen = False
         self.loading: Optional[LoadingReport] = None
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -104,6 +109,8 @@ class VQVAE(nn.Module):
         Args:
             images: In [-1, 1], H and W multiples of `downsample_factor`.
         """
+        if self.tokens_are_frozen:
+            return self._forward_of_frozen_tokens(images)
         quantized = self.quantize(self.latents(images))
         reconstruction = self._to_caller_range(
             self.decoder(self.post_quant_conv(quantized.latents))
@@ -115,6 +122,40 @@ class VQVAE(nn.Module):
             quantized.commitment_loss,
             quantized.entropy_loss,
         )
+
+    def freeze_tokens(self) -> None:
+        """From now on only the decoder learns: encoder and codebook are constants in float32.
+
+        Forwards then take the tokens that `encode` gives, also under bf16; latent losses are 0.
+        Names in the state dict stay what they were.
+        """
+        self.tokens_are_frozen = True
+        for part in self._frozen_parts():
+            freeze_in_float32(part)
+
+    def _frozen_parts(self) -> tuple[nn.Module, ...]:
+        all_parts = (self.encoder, self.quant_conv, self.quantize)
+        return all_parts if self.tokens_are_frozen else ()
+
+    def _forward_of_frozen_tokens(self, images: Tensor) -> VQVAEOutput:
+        tokens = self.encode(_whole_pixels(images))
+        zero = torch.zeros((), device=images.device)
+        return VQVAEOutput(self.decode(tokens), tokens, zero, zero, zero)
+
+    def train(self, mode: bool = True) -> VQVAE:
+        """As every module's, but frozen parts stay in eval mode: dropout would change tokens."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        frozen = [module for part in self._frozen_parts() for module in part.modules()]
+        buffers = [dict(module._buffers) for module in frozen]
+        super()._apply(fn, recurse)
+        for module, before in zip(frozen, buffers):
+            keep_float32(module, before)
+        return self
 
     def latents(self, images: Float[Tensor, "batch 3 H W"]) -> Float[Tensor, "batch dim h w"]:
         """Encoder output before quantization."""
@@ -151,7 +192,7 @@ class VQVAE(nn.Module):
 
     def weights_digest(self) -> str:
         """Hex sha256 of everything that decides tokens and pictures: weights and architecture."""
-        config = {k: v for k, v in self.config.to_dict().items() if k not in _TRAINING_ONLY}
+        config = {k: v for k, v in self.config.to_dict().items() if k not in TRAINING_ONLY}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(inference_state(self).items()):
             array = tensor.detach().cpu().float().contiguous().numpy()
@@ -191,6 +232,13 @@ class VQVAE(nn.Module):
         return model.eval()
 
 
+def _whole_pixels(images: Tensor) -> Tensor:
+    """8-bit pixels in [-1, 1], as they were before bf16 rounded them by a quarter of a step."""
+    if images.dtype == torch.float32:
+        return images
+    return ((images.float() + 1) * 127.5).round() / 127.5 - 1
+
+
 @contextmanager
 def _whole_float32() -> Iterator[None]:
     """No TF32 (10 bits of mantissa for float32's 23), which cuDNN takes by default from Ampere on.
@@ -213,5 +261,4 @@ def _whole_float32() -> Iterator[None]:
 
 def inference_state(vqvae: VQVAE) -> dict[str, Tensor]:
     """The state dict without the quantizer's moving averages: exactly taming's keys."""
-    training_only = ("quantize.ema_count", "quantize.ema_sum", "quantize.is_initialized")
-    return {k: v for k, v in vqvae.state_dict().items() if k not in training_only}
+    return {k: v for k, v in vqvae.state_dict().items() if k not in MOVING_AVERAGES}

@@ -38,6 +38,8 @@ def run_parameters(run: RunSettings) -> int:
             settings and the files they name.
     """
     if isinstance(run, Phase2):
+        if run.finetuning.trains == "decoder":
+            return _decoder(run.vqvae) + _conv(run.vqvae.code_dim, run.vqvae.z_channels, 1)
         return vqvae_parameters(run.vqvae)
     codes, side, text_width = transformer_surroundings(run)
     return latent_gpt_parameters(run.transformer, codes, side * side, text_width)

@@ -55,8 +55,18 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
     if not run.tracking.enabled:
         add("tracking.uri tracking.experiment", "tracking.enabled", "with tracking.enabled: false")
     if isinstance(run, Phase2):
+        if run.init_from is None:
+            add("finetuning", "init_from", "without init_from (from scratch)")
+        elif run.finetuning.source != "pretrained_taming":
+            source = f"with finetuning.source: {run.finetuning.source}"
+            add("finetuning.ddconfig", "finetuning.source", source)
         ema_only = "vqvae.ema_decay vqvae.revive_dead_codes"
-        if run.vqvae.codebook_update == "gradient":
+        if run.finetuning.trains == "decoder":
+            codes_only = f"vqvae.codebook_update {ema_only}"
+            latent_only = "codebook_weight commitment_weight entropy_weight entropy_temperature"
+            names = " ".join([codes_only, *(f"loss.{name}" for name in latent_only.split())])
+            add(names, "finetuning.trains", "with finetuning.trains: decoder (codes stay)")
+        elif run.vqvae.codebook_update == "gradient":
             add(ema_only, "vqvae.codebook_update", "with codebook_update: gradient (only with ema)")
         else:
             add("loss.codebook_weight", "vqvae.codebook_update", "with codebook_update: ema")

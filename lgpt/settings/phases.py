@@ -22,7 +22,12 @@ from lgpt.settings.training import (
     TrainingSettings,
 )
 from lgpt.settings.transformer import TransformerSettings
-from lgpt.settings.vqvae import VqvaeLossSettings, VqvaeSettings, VqvaeSourceSettings
+from lgpt.settings.vqvae import (
+    FinetuningSettings,
+    VqvaeLossSettings,
+    VqvaeSettings,
+    VqvaeSourceSettings,
+)
 
 Trains = Literal["transformer", "vqvae"]
 
@@ -44,10 +49,11 @@ class _PhaseBase(Section):
     training: TrainingSettings
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
-    init_from: Optional[FolderOrFile] = Field(
+    init_from: Optional[NameOrPath] = Field(
         None,
         description="first weights of a fresh run: a model folder, a run folder (its newest "
-        "checkpoint) or one of its checkpoints/step_<n>; all names and shapes must be the same",
+        "checkpoint) or one of its checkpoints/step_<n>; all names and shapes must be the same. In "
+        "phase 2 also a VQ-VAE from elsewhere: see `finetuning`",
     )
     deepspeed: Optional[NameOrPath] = Field(
         None, description="a name in ds_configs or a JSON file; default: the phase's own"
@@ -88,12 +94,13 @@ class Phase1(_TransformerPhase):
 
 
 class Phase2(_PhaseBase):
-    """The VQ-VAE from scratch."""
+    """The VQ-VAE, from scratch or from a trained one."""
 
     trains: ClassVar[Trains] = "vqvae"
     experiment: ClassVar[str] = "vqvae-training"
     default_deepspeed: ClassVar[str] = "zero2_bf16"
     phase: Literal[2] = 2
+    finetuning: FinetuningSettings = FinetuningSettings()
     vqvae: VqvaeSettings = VqvaeSettings()
     loss: VqvaeLossSettings = VqvaeLossSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
@@ -134,6 +141,8 @@ def logged_parameters(run: RunSettings) -> dict[str, object]:
         return {
             **parameters,
             "vqvae_checkpoint": str(run.run_folder),
+            "init_from": run.init_from,
+            "trains": run.finetuning.trains,
             "codebook_size": run.vqvae.codebook_size,
             "downsample_factor": run.vqvae.downsample_factor,
         }

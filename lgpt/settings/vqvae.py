@@ -8,6 +8,8 @@ from pydantic import Field
 
 from lgpt.settings.section import FolderOrFile, NameOrPath, Section
 
+VqvaeSource = Literal["pretrained_hf", "pretrained_taming", "pretrained_llamagen", "custom"]
+
 
 class VqvaeSettings(Section):
     """Architecture in taming-transformers' grammar (`ddconfig`, `params`), plus the quantizer."""
@@ -68,12 +70,28 @@ class VqvaeLossSettings(Section):
     )
 
 
+class FinetuningSettings(Section):
+    """What phase 2 makes of the trained VQ-VAE that `init_from` names (only with init_from)."""
+
+    source: VqvaeSource = Field(
+        "custom",
+        description="who made it; custom: a model folder, run or checkpoint of lgpt. The others "
+        "are found as vqvae.checkpoint of phases 1 and 3",
+    )
+    trains: Literal["all", "decoder"] = Field(
+        "all",
+        description="decoder: encoder and codebook stay as they are, bit for bit, so every picture "
+        "keeps its tokens",
+    )
+    ddconfig: Optional[NameOrPath] = Field(
+        None, description="the model.yaml of a taming .ckpt, when it does not lie beside it"
+    )
+
+
 class VqvaeSourceSettings(Section):
     """A trained VQ-VAE, and who made it."""
 
-    source: Literal["pretrained_hf", "pretrained_taming", "pretrained_llamagen", "custom"] = (
-        "pretrained_hf"
-    )
+    source: VqvaeSource = "pretrained_hf"
     checkpoint: NameOrPath = Field(
         "dalle-mini/vqgan_imagenet_f16_16384",
         description="hub name, folder or file; for custom a model folder or a phase 2 run folder",

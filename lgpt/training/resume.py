@@ -24,7 +24,7 @@ from lgpt.core.errors import CheckpointError, LgptError, SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.engine.build import hyperparameters, set_hyperparameters
 from lgpt.engine.ranks import broadcast_from_rank_zero
-from lgpt.settings.phases import RunSettings
+from lgpt.settings.phases import Phase2, RunSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.training.facts import code_version
 from lgpt.training.task import TrainingTask
@@ -121,6 +121,13 @@ def _decide(run: RunSettings, folder: Path) -> Resume:
             f"{folder} was saved by phase {saved.phase}, this is phase {run.phase}: give another "
             "name=."
         )
+    if isinstance(run, Phase2) and isinstance(saved, Phase2):
+        now, then = run.finetuning.trains, saved.finetuning.trains
+        if now != then:
+            raise SettingsError(
+                f"finetuning.trains is {now}, but {folder} was trained with {then}: set it back, "
+                "or give another name= with init_from= that checkpoint."
+            )
     choice = _choice(run, saved, folder)
     return Resume(folder, manifest, run, saved, settled(run, saved, choice), choice)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 
 from lgpt.checkpoint.export import convert_run
 from lgpt.checkpoint.store import find_whole_checkpoint
-from lgpt.checkpoint.warm_start import load_first_weights
+from lgpt.checkpoint.warm_start import load_first_weights, load_foreign_vqvae
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
 from lgpt.core.errors import OutOfMemoryError, RankLostError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically
@@ -116,7 +117,12 @@ def _load_first_weights(run: RunSettings, task: Task) -> Optional[dict[str, torc
     """`init_from`, where it is set; what it took is told in the run folder."""
     if run.init_from is None:
         return None
-    weights, report = load_first_weights(task.model, run.init_from, task.description())
+    if isinstance(task, VqvaeTask) and task.run.finetuning.source != "custom":
+        weights, report = load_foreign_vqvae(
+            task.model, run.init_from, task.run.finetuning, task.description()
+        )
+    else:
+        weights, report = load_first_weights(task.model, Path(run.init_from), task.description())
     if is_rank_zero():
         write_json_atomically(run.run_folder / "warm_start.json", asdict(report))
     return weights

@@ -1,8 +1,9 @@
-"""Phase 2: the VQ-VAE from scratch."""
+"""Phase 2: the VQ-VAE, from scratch or from a trained one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import numpy as np
@@ -47,6 +48,8 @@ class VqvaeTask:
             self.model_config,
             entropy_temperature=run.loss.entropy_temperature if run.loss.entropy_weight else None,
         )
+        if run.finetuning.trains == "decoder":
+            self.model.freeze_tokens()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())  # ZeRO-3 empties them
         self.engine: Any = None
         self.perceptual: Optional[Lpips] = None
@@ -183,10 +186,12 @@ class VqvaeTask:
             # Gradients in bf16, and the float32 sums of this rank's share.
             byte_count = 2 * self.num_parameters + 4 * self.num_parameters // world_size()
             room = torch.empty(byte_count, dtype=torch.uint8, device=self.device)
-            output = self.engine.module(pictures)
+            with _decoder_inputs(self.model) as decoder_inputs:
+                output = self.engine.module(pictures)
             loss, seen, _ = self._vqvae_loss(pictures.detach(), output, self.run.training.max_steps)
-            torch.autograd.grad(loss, pictures)
-            del output, loss
+            is_whole = not self.model.tokens_are_frozen
+            torch.autograd.grad(loss, pictures if is_whole else decoder_inputs)
+            del output, loss, decoder_inputs
             if self.adversary is not None:
                 self.adversary.trial(pictures, seen.detach())
             del room
@@ -256,6 +261,21 @@ class VqvaeTask:
         pictures = to_pil(images.float().cpu()) + to_pil(reconstruction.float().cpu())
         captions = ["original"] * len(items) + ["reconstruction"] * len(items)
         return {"reconstructions": picture_grid(pictures, captions, columns=len(items))}
+
+
+@contextmanager
+def _decoder_inputs(model: VQVAE) -> Iterator[list[torch.Tensor]]:
+    """What the decoder is given, as leaves of the graph where nothing before it learns."""
+    inputs: list[torch.Tensor] = []
+
+    def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0].requires_grad_())
+
+    hook = model.post_quant_conv.register_forward_pre_hook(note)
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 def _means(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
