@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
+from lgpt.settings.checks_phase2 import add_inert_of_phase2, contradictions_of_phase2
 from lgpt.settings.data import DataSettings
-from lgpt.settings.explain import located
 from lgpt.settings.phases import Phase2, Phase3, RunSettings, TransformerRun
+from lgpt.settings.problems import At, Located, Problem, Void, neighbours, problem
 from lgpt.settings.sources import KeyPath, Sources
 from lgpt.settings.training import ScheduleSettings, TrainingSettings
-from lgpt.settings.vqvae import VqvaeSettings, VqvaeSourceSettings
+from lgpt.settings.vqvae import VqvaeSourceSettings
 
-Problem = tuple[Sequence[KeyPath], str]
 _DALLE_MINI = VqvaeSourceSettings.model_fields["checkpoint"].default
 
-_LEAST_SIDE_FOR_VGG16 = 16
 _SQUARE = ("shapes", "openmoji")
-
-
-@dataclass(frozen=True)
-class Void:
-    """Why a setting does nothing: the setting that switches it off, and the words for it."""
-
-    switch: KeyPath
-    text: str
 
 
 def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
@@ -55,30 +42,7 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
     if not run.tracking.enabled:
         add("tracking.uri tracking.experiment", "tracking.enabled", "with tracking.enabled: false")
     if isinstance(run, Phase2):
-        if run.init_from is None:
-            add("finetuning", "init_from", "without init_from (from scratch)")
-        elif run.finetuning.source != "pretrained_taming":
-            source = f"with finetuning.source: {run.finetuning.source}"
-            add("finetuning.ddconfig", "finetuning.source", source)
-        ema_only = "vqvae.ema_decay vqvae.revive_dead_codes"
-        if run.finetuning.trains == "decoder":
-            codes_only = f"vqvae.codebook_update {ema_only}"
-            latent_only = "codebook_weight commitment_weight entropy_weight entropy_temperature"
-            names = " ".join([codes_only, *(f"loss.{name}" for name in latent_only.split())])
-            add(names, "finetuning.trains", "with finetuning.trains: decoder (codes stay)")
-        elif run.vqvae.codebook_update == "gradient":
-            add(ema_only, "vqvae.codebook_update", "with codebook_update: gradient (only with ema)")
-        else:
-            add("loss.codebook_weight", "vqvae.codebook_update", "with codebook_update: ema")
-        if run.loss.entropy_weight == 0:
-            add("loss.entropy_temperature", "loss.entropy_weight", "with loss.entropy_weight: 0")
-        if run.loss.perceptual == "none":
-            lpips_only = "loss.perceptual_weight loss.vgg16_weights loss.lpips_weights"
-            add(lpips_only, "loss.perceptual", "with loss.perceptual: none")
-        if run.loss.adversarial == "none":
-            add(
-                "discriminator", "loss.adversarial", "with loss.adversarial: none (only with hinge)"
-            )
+        add_inert_of_phase2(run, add)
         return void
     if run.conditioning == "unconditional":
         text_only = "text transformer.cond_drop sampling.prompts"
@@ -111,15 +75,12 @@ def settings_without_effect(run: RunSettings) -> list[tuple[KeyPath, Void]]:
 
 def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     """Settings that cannot both be meant; each text names them, their places and the way out."""
-    at = _Located(run, sources)
+    at = Located(run, sources)
     problems = [*_budget(run.schedule, run.training, at), *_data(run.data, at)]
     problems += _streaming(run, at)
     problems += _retention(run, at)
     if isinstance(run, Phase2):
-        problems += _vqvae(run.vqvae, run.data, at)
-        problems += _perceptual(run, at)
-        problems += _discriminator(run, at)
-        return problems
+        return problems + contradictions_of_phase2(run, at)
     problems += _true_captions(run, at)
     problems += _vqvae_source(run, at)
     problems += _transformer(run, at)
@@ -136,28 +97,7 @@ def _retention(run: RunSettings, at: At) -> list[Problem]:
         f"{at(names[0])} must be a multiple of {at(names[1])}: only saved steps can be kept; set "
         f"it to {(checkpoint.keep_every // checkpoint.every_steps + 1) * checkpoint.every_steps}."
     )
-    return [_problem(text, *names)]
-
-
-class _Located:
-    """`at("batch.micro_batch_images")` -> `batch.micro_batch_images = 32 (phase1.yaml:9)`."""
-
-    def __init__(self, run: RunSettings, sources: Sources) -> None:
-        self._run, self._sources = run, sources
-
-    def __call__(self, name: str) -> str:
-        path = tuple(name.split("."))
-        value: Any = self._run
-        for key in path:
-            value = getattr(value, key)
-        return located(path, self._sources, value)
-
-
-At = Callable[[str], str]
-
-
-def _problem(text: str, *names: str) -> Problem:
-    return [tuple(name.split(".")) for name in names], text
+    return [problem(text, *names)]
 
 
 def _budget(schedule: ScheduleSettings, training: TrainingSettings, at: At) -> list[Problem]:
@@ -169,21 +109,21 @@ def _budget(schedule: ScheduleSettings, training: TrainingSettings, at: At) -> l
         "value; "
         f"set it to {training.max_steps // 10} or so."
     )
-    return [_problem(text, *names)]
+    return [problem(text, *names)]
 
 
 def _data(data: DataSettings, at: At) -> list[Problem]:
     problems = []
     if data.dataset == "folder" and data.source is None:
         text = f"{at('data.dataset')} needs data.source: the folder that holds your pictures."
-        problems.append(_problem(text, "data.dataset", "data.source"))
+        problems.append(problem(text, "data.dataset", "data.source"))
     if data.flip and data.crops == 1:
         text = (
             f"{at('data.flip')} has no effect with {at('data.crops')}: every second crop is "
             "mirrored, "
             "and there is one; set data.crops to 2 or more, or data.flip to false."
         )
-        problems.append(_problem(text, "data.flip", "data.crops"))
+        problems.append(problem(text, "data.flip", "data.crops"))
     different = 2 if data.flip else 1
     if data.dataset in _SQUARE and data.crop_scale_min == 1 and data.crops > different:
         text = (
@@ -192,7 +132,7 @@ def _data(data: DataSettings, at: At) -> list[Problem]:
             f"{different} or data.crop_scale_min below 1."
         )
         names = ("data.crops", "data.crop_scale_min", "data.dataset", "data.flip")
-        problems.append(_problem(text, *names))
+        problems.append(problem(text, *names))
     return problems
 
 
@@ -202,13 +142,13 @@ def _streaming(run: RunSettings, at: At) -> list[Problem]:
     start = f"{at('data.streaming')} gives pictures in their order only, but "
     if isinstance(run, Phase2):
         text = f"{start}{at('phase')} reads them at random, again and again; set it to false."
-        return [_problem(text, "data.streaming", "phase")]
+        return [problem(text, "data.streaming", "phase")]
     if run.latent_cache is None:
         text = (
             f"{start}without latent_cache every step reads some at random; set latent_cache to a "
             "folder and run `lgpt prepare` first, or data.streaming to false."
         )
-        return [_problem(text, "data.streaming", "latent_cache")]
+        return [problem(text, "data.streaming", "latent_cache")]
     return []
 
 
@@ -222,84 +162,13 @@ def _true_captions(run: TransformerRun, at: At) -> list[Problem]:
             f"{at('data.flip')} makes captions of {at('data.dataset')} false, which say left and "
             "right; set it to false."
         )
-        problems.append(_problem(text, "data.flip", "data.dataset"))
+        problems.append(problem(text, "data.flip", "data.dataset"))
     if run.data.crop_scale_min < 1:
         text = (
             f"{at('data.crop_scale_min')} makes captions of {at('data.dataset')} false, which say "
             "size and place; set it to 1."
         )
-        problems.append(_problem(text, "data.crop_scale_min", "data.dataset"))
-    return problems
-
-
-def _vqvae(vqvae: VqvaeSettings, data: DataSettings, at: At) -> list[Problem]:
-    problems = []
-    factor = vqvae.downsample_factor
-    for name, side in (
-        ("data.resolution", data.resolution),
-        ("vqvae.resolution", vqvae.resolution),
-    ):
-        if side % factor:
-            text = (
-                f"{at(name)} must be a multiple of the downsample factor {factor} that "
-                f"{at('vqvae.ch_mult')} gives; {_neighbours(side, factor)}."
-            )
-            problems.append(_problem(text, name, "vqvae.ch_mult"))
-    sides = [vqvae.resolution // 2**level for level in range(len(vqvae.ch_mult))]
-    strangers = [side for side in vqvae.attn_resolutions if side not in sides]
-    if strangers and not vqvae.resolution % factor:
-        text = (
-            f"{at('vqvae.attn_resolutions')} names {', '.join(map(str, strangers))}, which no "
-            "level has: "
-            f"{at('vqvae.resolution')} halves to {', '.join(map(str, sides))}; use some of these "
-            "or []."
-        )
-        names = ("vqvae.attn_resolutions", "vqvae.resolution", "vqvae.ch_mult")
-        problems.append(_problem(text, *names))
-    if any(multiple < 1 for multiple in vqvae.ch_mult):
-        text = f"{at('vqvae.ch_mult')} must hold whole numbers of at least 1."
-        problems.append(_problem(text, "vqvae.ch_mult"))
-    return problems
-
-
-def _perceptual(run: Phase2, at: At) -> list[Problem]:
-    if run.loss.perceptual == "none" or run.data.resolution >= _LEAST_SIDE_FOR_VGG16:
-        return []
-    names = ("loss.perceptual", "data.resolution")
-    text = (
-        f"{at(names[0])} halves pictures four times, {at(names[1])} is too small for it; take "
-        f"{_LEAST_SIDE_FOR_VGG16} or more, or perceptual: none."
-    )
-    return [_problem(text, *names)]
-
-
-def _discriminator(run: Phase2, at: At) -> list[Problem]:
-    if run.loss.adversarial == "none":
-        return []
-    problems = []
-    settings, start = run.discriminator, "discriminator.start_step"
-    if settings.start_step >= run.training.max_steps:
-        names = (start, "training.max_steps")
-        text = (
-            f"{at(start)} must be less than {at(names[1])}: the discriminator would never count; "
-            f"set it to {run.training.max_steps // 5} or so, or loss.adversarial to none."
-        )
-        problems.append(_problem(text, *names))
-    if settings.warmup_steps > settings.start_step:
-        names = ("discriminator.warmup_steps", start)
-        text = (
-            f"{at(names[0])} must be at most {at(start)}: it learns before it counts; set it to "
-            f"{settings.start_step}."
-        )
-        problems.append(_problem(text, *names))
-    least = 3 * 2**settings.layers
-    if run.data.resolution < least:
-        names = ("discriminator.layers", "data.resolution")
-        text = (
-            f"{at(names[0])} leaves nothing of {at(names[1])}: pictures must have at least {least} "
-            "pixels a side for it; lower it."
-        )
-        problems.append(_problem(text, *names))
+        problems.append(problem(text, "data.crop_scale_min", "data.dataset"))
     return problems
 
 
@@ -311,21 +180,21 @@ def _vqvae_source(run: TransformerRun, at: At) -> list[Problem]:
             "VQ-VAE (pretrained_hf, pretrained_taming or pretrained_llamagen), phase 3 on your own "
             "(custom); change one of them."
         )
-        problems.append(_problem(text, "vqvae.source", "phase"))
+        problems.append(problem(text, "vqvae.source", "phase"))
     if run.vqvae.source != "pretrained_hf" and run.vqvae.checkpoint == _DALLE_MINI:
         text = (
             f"{at('vqvae.checkpoint')} is the Flax checkpoint of pretrained_hf, but "
             f"{at('vqvae.source')}; "
             "set vqvae.checkpoint to the file or folder that holds yours."
         )
-        problems.append(_problem(text, "vqvae.checkpoint", "vqvae.source"))
+        problems.append(problem(text, "vqvae.checkpoint", "vqvae.source"))
     factor = run.vqvae.downsample_factor
     if factor and run.data.resolution % factor:
         text = (
             f"{at('data.resolution')} must be a multiple of {at('vqvae.downsample_factor')}; "
-            f"{_neighbours(run.data.resolution, factor)}."
+            f"{neighbours(run.data.resolution, factor)}."
         )
-        problems.append(_problem(text, "data.resolution", "vqvae.downsample_factor"))
+        problems.append(problem(text, "data.resolution", "vqvae.downsample_factor"))
     return problems
 
 
@@ -334,7 +203,7 @@ def _transformer(run: TransformerRun, at: At) -> list[Problem]:
     names = ("transformer.hidden", "transformer.heads")
     if model.hidden % model.heads:
         text = f"{at(names[0])} must be a multiple of {at(names[1])}; "
-        return [_problem(text + _neighbours(model.hidden, model.heads) + ".", *names)]
+        return [problem(text + neighbours(model.hidden, model.heads) + ".", *names)]
     problems = []
     head_width = model.hidden // model.heads
     if model.positions == "rope2d" and head_width % 4:
@@ -345,20 +214,20 @@ def _transformer(run: TransformerRun, at: At) -> list[Problem]:
             "to a "
             f"multiple of {4 * model.heads}, or positions to learned."
         )
-        problems.append(_problem(text, "transformer.positions", *names))
+        problems.append(problem(text, "transformer.positions", *names))
     if model.attention == "flash" and (head_width % 8 or head_width > 256):
         text = (
             f"{at('transformer.attention')} needs a head width that is a multiple of 8 and at most "
             "256; "
             f"{at(names[0])} over {at(names[1])} gives {head_width}; change them or use auto."
         )
-        problems.append(_problem(text, "transformer.attention", *names))
+        problems.append(problem(text, "transformer.attention", *names))
     if model.attention == "flash" and run.training.precision == "fp32":
         text = (
             f"{at('transformer.attention')} has no float32 kernel, but {at('training.precision')}; "
             "set attention to auto or sdpa, or precision to bf16."
         )
-        problems.append(_problem(text, "transformer.attention", "training.precision"))
+        problems.append(problem(text, "transformer.attention", "training.precision"))
     return problems
 
 
@@ -371,7 +240,7 @@ def _blocks(run: TransformerRun, at: At) -> list[Problem]:
         f"{at('blocks.checkpointing')}; set checkpointed_by to torch, or checkpointing to full or "
         "every_n."
     )
-    return [_problem(text, "blocks.checkpointed_by", "blocks.checkpointing")]
+    return [problem(text, "blocks.checkpointed_by", "blocks.checkpointing")]
 
 
 def _sampling(run: TransformerRun, at: At) -> list[Problem]:
@@ -383,18 +252,12 @@ def _sampling(run: TransformerRun, at: At) -> list[Problem]:
             "pictures are "
             "drawn, so some would never be; raise sampling.images or shorten the list."
         )
-        problems.append(_problem(text, "sampling.prompts", "sampling.images"))
+        problems.append(problem(text, "sampling.prompts", "sampling.images"))
     codes = run.vqvae.codebook_size
     if codes and sampling.top_k > codes:
         text = (
             f"{at('sampling.top_k')} must be at most {at('vqvae.codebook_size')}; 0 means all "
             "codes."
         )
-        problems.append(_problem(text, "sampling.top_k", "vqvae.codebook_size"))
+        problems.append(problem(text, "sampling.top_k", "vqvae.codebook_size"))
     return problems
-
-
-def _neighbours(value: int, step: int) -> str:
-    """`use 96 or 128`: the multiples of `step` on both sides of `value`."""
-    lower = value - value % step
-    return f"use {lower} or {lower + step}" if lower else f"use {step}"

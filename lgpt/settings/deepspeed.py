@@ -15,11 +15,11 @@ from importlib import metadata
 from typing import Any, Optional
 
 from lgpt.core.errors import SettingsError
-from lgpt.settings.checks import Problem
 from lgpt.settings.deepspeed_check import AUTO, misfits
 from lgpt.settings.deepspeed_file import load_deepspeed_json
 from lgpt.settings.explain import located, shown
 from lgpt.settings.phases import Phase2, RunSettings
+from lgpt.settings.problems import Problem
 from lgpt.settings.sources import KeyPath, Sources
 
 # Settings that own values of the JSON, or must go with them.
