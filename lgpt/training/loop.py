@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -28,6 +28,7 @@ from lgpt.engine.ranks import broadcast_from_rank_zero, max_over_ranks, mean_ove
 from lgpt.settings.phases import RunSettings
 from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.facts import checkpoint_facts
+from lgpt.training.run_progress import Progress
 from lgpt.training.schedule import learning_rate_at
 from lgpt.training.stop_signals import StopSignals
 from lgpt.training.task import TrainingTask
@@ -42,16 +43,6 @@ _COMPANIONS = (
 )
 
 _log = get_logger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint."""
-
-    step: int = 0
-    elapsed_seconds: float = 0.0
-    validation: dict[str, float] = field(default_factory=dict)
-    validated_step: int = 0
 
 
 def run_training(

@@ -24,8 +24,9 @@ from lgpt.settings.phases import Phase2, RunSettings, logged_parameters, run_tag
 from lgpt.settings.run import run_folder_texts
 from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.launcher_watch import LauncherWatch
-from lgpt.training.loop import Progress, run_training
+from lgpt.training.loop import run_training
 from lgpt.training.resume import Resume, decide_resume, load_resume
+from lgpt.training.run_progress import Progress
 from lgpt.training.train_transformer import TransformerTask
 from lgpt.training.train_vqvae import VqvaeTask
 from lgpt.training.trial_batch import refuse_what_does_not_fit

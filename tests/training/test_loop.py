@@ -22,7 +22,8 @@ from lgpt.settings.run import load_run_settings
 from lgpt.tracking.metrics_file import MetricsFile, read_metrics
 from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training import loop
-from lgpt.training.loop import Progress, run_training
+from lgpt.training.loop import run_training
+from lgpt.training.run_progress import Progress
 
 COMPANIONS = ("config.yaml", "ds_config.json", "model_config.json")
 
