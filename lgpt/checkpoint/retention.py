@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,8 +165,7 @@ def _judged(folder: Path) -> Kept:
         measured = read_manifest(folder).facts.get("validation")
     except CheckpointError as error:  # removed a moment ago
         return Kept(folder, (str(error),))
-    return Kept(
-        folder,
-        was_read=check is not None,
-        validation_loss=None if measured is None else float(measured["loss"]),
-    )
+    loss = None if measured is None else float(measured["loss"])
+    if loss is not None and not math.isfinite(loss):
+        loss = None  # weights without a loss are nobody's best; NaN would sort anywhere
+    return Kept(folder, was_read=check is not None, validation_loss=loss)
