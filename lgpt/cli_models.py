@@ -18,7 +18,9 @@ def convert(
     ),
     out: Path = typer.Argument(..., help="the model folder to write"),
     tag: Optional[str] = typer.Option(
-        None, help="which checkpoint in CHECKPOINT: a step, latest, or DeepSpeed's tag"
+        None,
+        help="which checkpoint in CHECKPOINT: a step, latest, best (lowest validation loss), or "
+        "DeepSpeed's tag",
     ),
     dtype: str = typer.Option("fp32", help="fp32 or bf16"),
     max_shard_size: str = typer.Option("5GB", help="most bytes in one safetensors file"),
@@ -57,7 +59,7 @@ def export(
     text_encoder: str = typer.Option(
         "copy", help="copy it in, or leave one of the hub as a name: reference"
     ),
-    tag: Optional[str] = typer.Option(None, help="which checkpoint in SOURCE"),
+    tag: Optional[str] = typer.Option(None, help="which checkpoint in SOURCE, as `lgpt convert`"),
     dtype: Optional[str] = typer.Option(None, help="fp32 (default) or bf16, of a checkpoint"),
     overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Optional
 from lgpt.checkpoint.deepspeed_files import files_by_rank
 from lgpt.checkpoint.folders import newest_checkpoint
 from lgpt.checkpoint.manifest import FILE_NAME as MANIFEST
+from lgpt.checkpoint.retention import survey
 from lgpt.core.errors import CheckpointError
 
 _MODEL = "model"  # the engine that is converted, where a checkpoint holds several
@@ -40,7 +41,8 @@ def find_checkpoint(source: Path, tag: Optional[str] = None) -> CheckpointPlace:
     Args:
         source: A run folder, its `checkpoints`, a `step_<n>` in it, or a folder that DeepSpeed
             saved alone, with or without its tag.
-        tag: Which one in that folder: a step (`500`, `step_500`), `latest`, or DeepSpeed's tag.
+        tag: Which one in that folder: a step (`500`, `step_500`), `latest`, `best` (the lowest
+            validation loss), or DeepSpeed's tag.
 
     Raises:
         CheckpointError: There is none such; it lists those that are there.
@@ -66,6 +68,8 @@ def find_checkpoint(source: Path, tag: Optional[str] = None) -> CheckpointPlace:
 def _tagged(source: Path, tag: str) -> CheckpointPlace:
     if tag == "latest" and not (source / tag).is_dir():
         return find_checkpoint(source)
+    if tag == "best" and not (source / tag).is_dir():
+        return _best(source)
     names = [tag, f"step_{tag}"] if re.fullmatch(r"\d+", tag) else [tag]
     for folder in (source, source / "checkpoints"):
         for name in names:
@@ -80,6 +84,24 @@ def _tagged(source: Path, tag: str) -> CheckpointPlace:
     raise CheckpointError(
         f"{source} holds no checkpoint '{tag}'; there are {', '.join(there) or 'none'}."
     )
+
+
+def _best(source: Path) -> CheckpointPlace:
+    """The whole checkpoint with the lowest validation loss; the newest of equals."""
+    checkpoints = source if source.name == "checkpoints" else source / "checkpoints"
+    measured = [
+        each
+        for each in survey(checkpoints)
+        if not each.problems and each.validation_loss is not None
+    ]
+    if not measured:
+        raise CheckpointError(
+            f"{source} holds no checkpoint that was saved right after a validation, so none is the "
+            "best: give a step instead, or let training.validate_every be a multiple of "
+            "checkpoint.every_steps."
+        )
+    best = min(measured, key=lambda each: (each.validation_loss, -each.step))
+    return find_checkpoint(best.folder)
 
 
 def _tag_in_latest(folder: Path) -> Optional[str]:

@@ -79,6 +79,7 @@ def contradictions(run: RunSettings, sources: Sources) -> list[Problem]:
     problems = [*_budget(run.schedule, run.training, at), *_data(run.data, at)]
     problems += _streaming(run, at)
     problems += _retention(run, at)
+    problems += _early_stopping(run, at)
     if isinstance(run, Phase2):
         return problems + contradictions_of_phase2(run, at)
     problems += _true_captions(run, at)
@@ -98,6 +99,32 @@ def _retention(run: RunSettings, at: At) -> list[Problem]:
         f"it to {(checkpoint.keep_every // checkpoint.every_steps + 1) * checkpoint.every_steps}."
     )
     return [problem(text, *names)]
+
+
+def _early_stopping(run: RunSettings, at: At) -> list[Problem]:
+    """The best checkpoint must be there when the run ends."""
+    training, checkpoint = run.training, run.checkpoint
+    if training.early_stopping == 0:
+        return []
+    names = ("training.early_stopping", "training.validate_every", "checkpoint.every_steps")
+    problems = []
+    if training.validate_every == 0:
+        text = f"{at(names[0])} needs validations on the way; {at(names[1])} has one at the end."
+        problems.append(problem(f"{text} Set training.validate_every to 500 or so.", *names[:2]))
+    elif training.validate_every % checkpoint.every_steps:
+        text = (
+            f"with {at(names[0])}, {at(names[1])} must be a multiple of {at(names[2])}: the best "
+            "weights must have been saved; "
+            f"{neighbours(training.validate_every, checkpoint.every_steps)}."
+        )
+        problems.append(problem(text, *names))
+    if checkpoint.keep_best == 0:
+        text = (
+            f"{at(names[0])} ends a run long after its best step, and {at('checkpoint.keep_best')} "
+            "would not keep that one; set checkpoint.keep_best to 1."
+        )
+        problems.append(problem(text, names[0], "checkpoint.keep_best"))
+    return problems
 
 
 def _budget(schedule: ScheduleSettings, training: TrainingSettings, at: At) -> list[Problem]:

@@ -52,6 +52,12 @@ class TrainingSettings(Section):
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=0)
     validation_images: int = Field(512, ge=1)
+    early_stopping: int = Field(
+        0,
+        ge=0,
+        description="end the run after so many validations in a row without a lower validation "
+        "loss; `lgpt convert RUN OUT --tag best` takes the best checkpoint; 0 = off",
+    )
     sample_every: int = Field(1000, ge=0, description="sample or reconstruction grids")
 
 

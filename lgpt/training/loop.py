@@ -108,8 +108,13 @@ class _Loop:
         )
 
     def is_finished(self) -> bool:
-        """The step or the time budget is used up; the same answer on every rank."""
-        return self.progress.step >= self.run.training.max_steps or self._spent_share() >= 1.0
+        """A budget is used up, or validation gains nothing; the same answer on every rank."""
+        is_used_up = self.progress.step >= self.run.training.max_steps
+        return is_used_up or self._spent_share() >= 1.0 or self._gains_nothing()
+
+    def _gains_nothing(self) -> bool:
+        patience = self.run.training.early_stopping
+        return 0 < patience <= self.progress.validations_without_gain
 
     def _spent_share(self) -> float:
         """Share of the time budget that is used up; 0 without one."""
@@ -163,6 +168,7 @@ class _Loop:
             return stopped_by
         if _due(step, training.validate_every) or is_last:
             self._validate(is_last)
+            is_last = self.is_finished()
         # A skipped step changed nothing, and its save would push a better one out of keep_last.
         if (_due(step, self.run.checkpoint.every_steps) and not self.skipped_steps) or is_last:
             self.save() if is_last else self._save_on_the_way()
@@ -254,6 +260,17 @@ class _Loop:
         with self.bar.external_write_mode(file=sys.stderr):
             _log.info("step %d  validation  %s", self.progress.step, _readable(metrics))
         name = f"val_{self.task.main_loss}"
+        self.progress.note_validation(metrics[name])
+        if self._gains_nothing():
+            _log.info(
+                "%s has not fallen for %d validations: the run ends (training.early_stopping). Its "
+                "lowest was %.4g at step %d; `lgpt convert %s OUT --tag best` takes that one.",
+                name,
+                self.progress.validations_without_gain,
+                self.progress.best_validation_loss,
+                self.progress.best_validation_step,
+                self.run.run_folder,
+            )
         if is_last and not math.isfinite(metrics[name]):
             # No next loss will tell.
             self._diverged(f"{name} is not finite after the last step, {self.progress.step}")

@@ -252,6 +252,17 @@ def test_a_mapping_where_a_value_belongs_is_told_with_its_place(tmp_path):
             ["captions", "left"],
         ),
         (TRANSFORMER, ["data.dataset=shapes", "data.crop_scale_min=0.5"], ["size and place"]),
+        (
+            VQVAE,
+            ["training.early_stopping=3", "training.validate_every=0", "checkpoint.keep_best=1"],
+            ["validations on the way", "training.early_stopping = 3"],
+        ),
+        (
+            VQVAE,
+            ["training.early_stopping=3", "training.validate_every=750", "checkpoint.keep_best=1"],
+            ["checkpoint.every_steps = 500", "use 500 or 1000"],
+        ),
+        (VQVAE, ["training.early_stopping=3"], ["set checkpoint.keep_best to 1"]),
         (VQVAE, ["data.streaming=true"], ["data.streaming = true", "phase = 2", "at random"]),
         (
             TRANSFORMER,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Optional
@@ -16,7 +18,8 @@ import torch
 from PIL import Image
 
 from lgpt.checkpoint import store
-from lgpt.core.errors import DivergedError, StoppedEarly
+from lgpt.checkpoint.sources import find_checkpoint
+from lgpt.core.errors import CheckpointError, DivergedError, StoppedEarly
 from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.tracking.metrics_file import MetricsFile, read_metrics
@@ -239,3 +242,56 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, task, c
     (run.run_folder / "samples").write_text("no folder")
     assert go(run, task, tracker=tracker_of(run)).step == 4
     assert "pictures of step 4 cannot be written" in caplog.text
+
+
+def patient(folder: Path, losses: list[float], **training: Any) -> tuple[RunSettings, Any]:
+    run = settings(
+        folder,
+        40,
+        training={**tiny.training(40), "early_stopping": 2, **training},
+        checkpoint={"every_steps": 4, "keep_best": 1},
+    )
+    found = iter(losses)
+
+    def validate() -> Mapping[str, float]:
+        return {"recon_loss": next(found)}
+
+    return run, validate
+
+
+def test_a_run_ends_when_validation_has_gained_nothing_twice_and_keeps_its_best(
+    tmp_path, task, caplog
+):
+    run, task.validate = patient(tmp_path, [3.0, 2.0, 2.5, float("nan"), 1.0])
+    with caplog.at_level("INFO", "lgpt"):
+        progress = go(run, task)
+    assert progress.step == 16
+    assert (progress.best_validation_loss, progress.best_validation_step) == (2.0, 8)
+    assert "--tag best" in caplog.text
+    assert "at step 8" in caplog.text
+    best = find_checkpoint(run.run_folder, "best").step_folder
+    assert best == run.run_folder / "checkpoints" / "step_8"
+
+
+def test_a_run_that_goes_on_has_not_forgotten_the_validations_before(tmp_path, task):
+    run, task.validate = patient(tmp_path, [2.0, 2.5, 3.0, 1.0])
+    task.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 9 else None
+    progress = Progress()
+    with pytest.raises(StoppedEarly):
+        go(run, task, progress)
+    state = json.loads(json.dumps(asdict(progress)))  # as a checkpoint keeps it
+    assert go(run, task, Progress(**state)).step == 12
+
+
+def test_without_early_stopping_a_rising_validation_loss_ends_nothing(tmp_path, task):
+    run, task.validate = patient(tmp_path, [float(n) for n in range(10)], early_stopping=0)
+    assert go(run, task).step == 40
+
+
+def test_the_best_of_a_run_without_a_validated_checkpoint_is_refused(tmp_path, task):
+    run = settings(tmp_path, 6, training={**tiny.training(6), "validate_every": 0})
+    task.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 5 else None
+    with pytest.raises(StoppedEarly):
+        go(run, task)
+    with pytest.raises(CheckpointError, match=r"saved right after a validation"):
+        find_checkpoint(run.run_folder, "best")
