@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+
+
+class ValidationBatch(NamedTuple):
+    """One rank's pictures of one call.
+
+    Attributes:
+        items: Their numbers.
+        is_counted: False where a picture only makes the batch as large as the others.
+    """
+
+    items: np.ndarray
+    is_counted: np.ndarray
 
 
 def micro_batches_of(
@@ -45,4 +59,23 @@ def validation_batches_of(
     return [
         np.arange((r * world + rank) * size, (r * world + rank + 1) * size) % num_items
         for r in range(rounds)
+    ]
+
+
+def padded_batches_of(
+    num_items: int, *, micro_batch: int, rank: int, world: int
+) -> list[ValidationBatch]:
+    """Every item exactly once over all ranks, in equally many batches of one size on each of them.
+
+    Batches are filled evenly, so at most one item of each is padding, which repeats item 0.
+    """
+    rounds = -(-num_items // (micro_batch * world))
+    parts = np.array_split(np.arange(num_items), rounds * world)
+    size = len(parts[0])
+    return [
+        ValidationBatch(
+            np.concatenate([part, np.zeros(size - len(part), part.dtype)]),
+            np.arange(size) < len(part),
+        )
+        for part in parts[rank::world]
     ]

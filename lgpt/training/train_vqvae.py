@@ -15,8 +15,8 @@ from lgpt.data.image_batches import ImageBatches
 from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.build import build_engine, parameter_dtype
-from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
-from lgpt.evaluation.picture_metrics import code_perplexity, code_usage, psnr_decibels
+from lgpt.engine.ranks import sum_over_ranks
+from lgpt.evaluation.picture_metrics import code_perplexity, code_usage
 from lgpt.models.perceptual import Lpips, load_lpips
 from lgpt.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
 from lgpt.sampling.picture_grid import picture_grid
@@ -24,7 +24,8 @@ from lgpt.settings.phases import Phase2
 from lgpt.training.components import open_split, transform_of
 from lgpt.training.gan import Adversary
 from lgpt.training.losses import reconstruction_loss
-from lgpt.training.places import crops_of, micro_batches_of, validation_batches_of
+from lgpt.training.places import crops_of, micro_batches_of
+from lgpt.training.vqvae_validation import validate_vqvae
 
 _GRID_IMAGES = 8
 
@@ -217,37 +218,15 @@ class VqvaeTask:
         """Nothing: a VQ-VAE has no logits."""
         return {}
 
-    @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """Loss, PSNR (dB), code usage and perplexity over all validation images and ranks."""
+        """How well validation pictures come back, over all of them and all ranks."""
         self.engine.eval()
-        run = self.run
-        counts = torch.zeros(run.vqvae.codebook_size, dtype=torch.int64, device=self.device)
-        losses, decibels = [], []
-        for items in validation_batches_of(
-            len(self.val_images),
-            wanted=run.training.validation_images,
-            micro_batch=run.batch.micro_batch_images,
-            rank=rank(),
-            world=world_size(),
-        ):
-            images = self._to_device(self.val_images.items(items, np.zeros_like(items)))
-            output = self.engine(images)
-            losses.append(
-                float(reconstruction_loss(output.reconstruction, images, run.loss.reconstruction))
-            )
-            decibels.append(float(psnr_decibels(output.reconstruction, images).mean()))
-            counts += torch.bincount(output.tokens.flatten(), minlength=len(counts))
-        sum_over_ranks(counts)
-        means = mean_over_ranks(
-            {"recon_loss": float(np.mean(losses)), "psnr_db": float(np.mean(decibels))},
-            self.device,
-        )
-        return {
-            **means,
-            "codebook_usage": code_usage(counts.cpu()),
-            "perplexity": code_perplexity(counts.cpu()),
-        }
+        scores = validate_vqvae(self.run, self.val_images, self._reconstruct, self.device)
+        return scores.over_ranks()
+
+    def _reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.engine(images.to(parameter_dtype(self.engine)))
+        return output.reconstruction, output.tokens
 
     @torch.no_grad()
     def draw(self, step: int) -> Mapping[str, Image.Image]:

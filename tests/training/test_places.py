@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lgpt.training.places import crops_of, micro_batches_of, validation_batches_of
+from lgpt.training.places import (
+    crops_of,
+    micro_batches_of,
+    padded_batches_of,
+    validation_batches_of,
+)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -32,6 +37,24 @@ def test_validation_gives_every_rank_the_same_shapes(items: int, world: int):
     assert used.max() < items
     if items >= world:
         assert len(set(used.tolist())) == len(used)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro", [1, 4, 7])
+@pytest.mark.parametrize("items", [1, 5, 13, 64, 101])
+def test_padded_batches_count_every_item_once_in_equal_batches(items: int, world: int, micro: int):
+    per_rank = [
+        padded_batches_of(items, micro_batch=micro, rank=rank, world=world) for rank in range(world)
+    ]
+    batches = [batch for of_rank in per_rank for batch in of_rank]
+    counted = np.concatenate([batch.items[batch.is_counted] for batch in batches])
+    assert sorted(counted) == list(range(items))
+    assert len({len(of_rank) for of_rank in per_rank}) == 1
+    assert {len(batch.items) for batch in batches} == {len(batches[0].items)}
+    assert 1 <= len(batches[0].items) <= micro
+    assert min(batch.items.min() for batch in batches) >= 0
+    padding = sum(int((~batch.is_counted).sum()) for batch in batches)
+    assert padding < world * len(per_rank[0]), "less than one a batch"
 
 
 @pytest.mark.parametrize("crops", [1, 2, 16, 512])

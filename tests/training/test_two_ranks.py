@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from test_vqvae_validation import one_by_one
 
 WORKER = Path(__file__).with_name("two_ranks.py")
 pytestmark = pytest.mark.slow
@@ -90,3 +91,14 @@ def test_a_time_budget_ends_all_ranks_at_the_same_step(results, folder):
 
 def test_all_ranks_compute_bf16_the_way_rank_0_measured(results):
     assert [result["float32_products"] for result in results] == [True, True]
+
+
+def test_two_ranks_validate_as_one_picture_at_a_time(results, folder):
+    """To 1e-5 of a figure, or 1e-6: what float32 leaves where pictures meet in other batches."""
+    first, second = (result["validation"] for result in results)
+    assert first == second
+    assert len(first) == 6
+    for case, figures in first.items():
+        images = int(case.split()[1])
+        expected = one_by_one(folder / "validation_0.yaml", images)
+        assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6), case

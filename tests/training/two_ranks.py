@@ -16,7 +16,7 @@ from typing import Any
 import tiny
 import torch
 
-from lgpt.core.distributed import barrier, leave_process_group, rank
+from lgpt.core.distributed import barrier, leave_process_group, rank, seed_everything
 from lgpt.core.errors import DataError, LgptError
 from lgpt.data.captioned import open_dataset
 from lgpt.engine import start
@@ -108,6 +108,23 @@ def a_time_budget_on_ranks_of_different_speed(home: Path) -> dict[str, Any]:
     return {"ending": ending, "steps": STEPS_TAKEN["budget"]}
 
 
+def figures_of_a_validation(home: Path) -> dict[str, dict[str, float]]:
+    """In both stages, of fewer pictures than ranks and of two numbers that share unevenly."""
+    figures = {}
+    config = tiny.write(home / f"validation_{rank()}.yaml", tiny.vqvae_run(home, 4))
+    for stage in (2, 3):
+        run = load_run_settings(config, [f"deepspeed=zero{stage}_bf16"], environ={}, world_size=2)
+        seed_everything(run.seed)
+        task = VqvaeTask(run, torch.device("cpu"))
+        task.build_engines(resolve_deepspeed_config(run, 2))
+        for images in (1, 5, 13):
+            training = run.training.model_copy(update={"validation_images": images})
+            task.run = run.model_copy(update={"training": training})
+            figures[f"zero{stage}, {images} images"] = dict(task.validate())
+        task.engine.destroy()
+    return figures
+
+
 COMPANIONS = ("config.yaml", "ds_config.json", "model_config.json")
 STEPS_TAKEN: dict[str, int] = {"straight": 0, "stopped": 0, "budget": 0}
 plain_step = VqvaeTask.train_step
@@ -131,6 +148,7 @@ def main() -> None:
         "encoder": a_late_rank_and_a_random_text_encoder(out),
         "stop": a_stop_and_a_refused_start_on_the_way(out),
         "budget": a_time_budget_on_ranks_of_different_speed(out),
+        "validation": figures_of_a_validation(out),
         "float32_products": a_machine_that_looks_fast_to_rank_1_only(),
     }
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
