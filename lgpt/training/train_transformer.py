@@ -12,8 +12,7 @@ from PIL import Image
 
 from lgpt.core.distributed import rank, world_size
 from lgpt.core.files import sha256_of_json
-from lgpt.data.image_batches import ImageBatches
-from lgpt.data.latent_cache import CachedBatch, LatentCache
+from lgpt.data.latent_cache import CachedBatch
 from lgpt.data.transforms import to_pil
 from lgpt.engine.blocks import apply_block_settings
 from lgpt.engine.build import build_engine, parameter_dtype
@@ -31,16 +30,13 @@ from lgpt.training.components import (
     load_vqvae_of,
     open_split,
     text_encoder_name,
-    transform_of,
 )
-from lgpt.training.encode_latents import caption_encoder, image_encoder
 from lgpt.training.latent_batches import (
-    EncodedLatents,
     LatentBatch,
-    LatentSource,
     TrainingLatents,
     validation_batch,
 )
+from lgpt.training.latent_sources import open_latents
 from lgpt.training.places import micro_batches_of, validation_batches_of
 
 # Kept with every checkpoint: 1 MiB of logits at 16,384 codes.
@@ -67,9 +63,10 @@ class TransformerTask:
         if run.conditioning == "text_conditional":
             self.text_encoder = load_text_encoder_of(run, train_set).to(device)
         self.train_set = train_set
-        self.train_source = self._source(train_set)
+        parts = (self.vqvae, self.vqvae_digest, self.text_encoder, device)
+        self.train_source = open_latents(run, train_set, *parts)
         self.training_images = len(self.train_source)
-        self.val_source = self._source(val_set)
+        self.val_source = open_latents(run, val_set, *parts)
         side = run.data.resolution // self.vqvae.downsample_factor
         self.model_config = LatentGPTConfig.from_settings(
             run.transformer,
@@ -88,27 +85,6 @@ class TransformerTask:
         self.prompts = list(run.sampling.prompts or captions)[: run.sampling.images]
         self.engine: Any = None
         self._probe: Optional[CachedBatch] = None
-
-    def _source(self, dataset: Any) -> LatentSource:
-        run = self.run
-        if run.latent_cache is not None:
-            expected = cache_fingerprint(run, dataset, self.vqvae_digest, self.text_encoder)
-            # An unconditional run may use a cache that holds text.
-            has_text = self.text_encoder is not None
-            return LatentCache.open(run.latent_cache / dataset.split, expected, has_text)
-        transform = transform_of(run.data, dataset.split)
-        return EncodedLatents(
-            dataset,
-            ImageBatches(
-                dataset,
-                transform,
-                workers=run.data.workers,
-                max_bad_images=run.data.max_bad_images,
-            ),
-            transform.crops,
-            image_encoder(self.vqvae, self.device),
-            None if self.text_encoder is None else caption_encoder(self.text_encoder, self.device),
-        )
 
     def description(self) -> dict[str, Any]:
         """What `model_config.json` holds: enough to rebuild the model and its pipeline."""
