@@ -96,6 +96,15 @@ class ClipScorer:
             parts.append((images * texts).sum(dim=1).cpu())
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def embed(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "pictures width"]:
+        """Image embeddings of unit length; on the CPU."""
+        parts = [
+            functional.normalize(self._image_features(pictures[start : start + _BATCH]), dim=1)
+            for start in range(0, len(pictures), _BATCH)
+        ]
+        return torch.cat(parts).cpu()
+
     def _image_features(self, pictures: Sequence[Image.Image]) -> Tensor:
         pixels = np.stack([_middle_square(picture, self.side) for picture in pictures])
         scaled = torch.from_numpy(pixels).to(self._mean.device).permute(0, 3, 1, 2).float() / 255
