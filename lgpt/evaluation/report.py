@@ -13,6 +13,15 @@ from lgpt.core.errors import DataError
 from lgpt.settings.run import load_run_settings
 from lgpt.tracking.metrics_file import read_metrics
 
+_VALIDATION = (
+    "val_psnr_db",
+    "val_ssim",
+    "val_lpips",
+    "val_rfid",
+    "val_codebook_usage",
+    "val_perplexity",
+    "val_dead_codes",
+)
 _MAIN_LOSS = {1: "ce_loss", 2: "recon_loss", 3: "ce_loss"}
 
 
@@ -44,9 +53,7 @@ def run_report(run_folder: Path) -> dict[str, Any]:
         "final_loss": _last(records, loss_name),
         "validation_loss": _last(records, f"val_{loss_name}"),
         "validation": {
-            key: _last(records, key)
-            for key in ("val_psnr_db", "val_codebook_usage", "val_perplexity")
-            if _last(records, key) is not None
+            key: _last(records, key) for key in _VALIDATION if _last(records, key) is not None
         },
         "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
     }
@@ -87,10 +94,18 @@ def _measured(report: dict[str, Any]) -> str:
     lines = []
     validation = report["validation"]
     if "val_psnr_db" in validation:
-        lines.append(
-            f"PSNR {validation['val_psnr_db']:.1f} dB, codes used "
-            f"{100 * validation['val_codebook_usage']:.0f}%"
-        )
+        parts = [f"PSNR {validation['val_psnr_db']:.1f} dB"]
+        parts += [
+            f"{name} {validation[key]:{form}}"
+            for name, key, form in (
+                ("SSIM", "val_ssim", ".3f"),
+                ("LPIPS", "val_lpips", ".3f"),
+                ("rFID", "val_rfid", ".2f"),
+                ("codes used", "val_codebook_usage", ".0%"),
+            )
+            if key in validation
+        ]
+        lines.append(", ".join(parts))
     for name, accuracy in (report["evaluation"] or {}).get("prompt_accuracy", {}).items():
         parts = ", ".join(
             f"{attribute} {100 * value:.0f}%"

@@ -31,6 +31,9 @@ _WIDTHS = (64, 128, 256, 512, 512)
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
+# Four maxima halve a picture, and something must be left.
+LEAST_SIDE = 16
+
 _VGG16_FILE = "vgg16-397923af.pth"
 _VGG16_ADDRESS = f"https://download.pytorch.org/models/{_VGG16_FILE}"
 _LINEAR_ADDRESS = (
@@ -106,6 +109,20 @@ def _unit_length(features: Tensor) -> Tensor:
     return features / (length + 1e-10)
 
 
+def missing_lpips_weights(
+    vgg16_weights: Optional[Path], lpips_weights: Optional[Path]
+) -> Optional[str]:
+    """Which file `load_lpips` would not find, and where it is to be had; None: all is there."""
+    vgg16_places = _vgg16_places(vgg16_weights)
+    vgg16 = _first_file(vgg16_places)
+    if vgg16 is None:
+        return _not_there(vgg16_places, "loss.vgg16_weights", _VGG16_ADDRESS)
+    linear_places = _linear_places(lpips_weights, vgg16)
+    if _first_file(linear_places) is None:
+        return _not_there(linear_places, "loss.lpips_weights", _LINEAR_ADDRESS)
+    return None
+
+
 def load_lpips(vgg16_weights: Optional[Path], lpips_weights: Optional[Path]) -> Lpips:
     """LPIPS in eval mode, frozen, in float32 on the CPU.
 
@@ -118,8 +135,15 @@ def load_lpips(vgg16_weights: Optional[Path], lpips_weights: Optional[Path]) -> 
         SettingsError: A file is not there; places and ways out are told.
         CheckpointError: A file does not hold what it should.
     """
-    vgg16 = _first_file(_vgg16_places(vgg16_weights), "vgg16_weights", _VGG16_ADDRESS)
-    linear = _first_file(_linear_places(lpips_weights, vgg16), "lpips_weights", _LINEAR_ADDRESS)
+    if missing := missing_lpips_weights(vgg16_weights, lpips_weights):
+        raise SettingsError(
+            f"loss.perceptual: lpips needs weights: {missing}, or train without them: "
+            "loss.perceptual: none."
+        )
+    vgg16 = _first_file(_vgg16_places(vgg16_weights))
+    assert vgg16 is not None
+    linear = _first_file(_linear_places(lpips_weights, vgg16))
+    assert linear is not None
     state = {
         name: tensor
         for name, tensor in _tensors_of(vgg16).items()
@@ -152,14 +176,14 @@ def _linear_places(named: Optional[Path], vgg16: Path) -> list[Path]:
     return places
 
 
-def _first_file(places: list[Path], setting: str, address: str) -> Path:
-    for place in places:
-        if os.path.isfile(place):
-            return place
-    raise SettingsError(
-        f"loss.perceptual: lpips needs weights that are not in {' or '.join(map(str, places))}. "
-        f"Fetch {address} on a machine with internet and name the file in loss.{setting}, or "
-        "train without them: loss.perceptual: none."
+def _first_file(places: list[Path]) -> Optional[Path]:
+    return next((place for place in places if os.path.isfile(place)), None)
+
+
+def _not_there(places: list[Path], setting: str, address: str) -> str:
+    return (
+        f"{' or '.join(map(str, places))} is not there; fetch {address} on a machine with internet "
+        f"and name the file in {setting}"
     )
 
 

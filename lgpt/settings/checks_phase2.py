@@ -30,8 +30,12 @@ def add_inert_of_phase2(run: Phase2, add: AddInert) -> None:
     if run.loss.entropy_weight == 0:
         add("loss.entropy_temperature", "loss.entropy_weight", "with loss.entropy_weight: 0")
     if run.loss.perceptual == "none":
-        lpips_only = "loss.perceptual_weight loss.vgg16_weights loss.lpips_weights"
-        add(lpips_only, "loss.perceptual", "with loss.perceptual: none")
+        add("loss.perceptual_weight", "loss.perceptual", "with loss.perceptual: none")
+        if run.metrics.lpips == "none":
+            weights = "loss.vgg16_weights loss.lpips_weights"
+            add(weights, "loss.perceptual", "with loss.perceptual: none and metrics.lpips: none")
+    if run.metrics.rfid == "none":
+        add("metrics.inception_weights", "metrics.rfid", "with metrics.rfid: none")
     if run.loss.adversarial == "none":
         add("discriminator", "loss.adversarial", "with loss.adversarial: none (only with hinge)")
 

@@ -24,6 +24,7 @@ from lgpt.settings.training import (
 from lgpt.settings.transformer import TransformerSettings
 from lgpt.settings.vqvae import (
     FinetuningSettings,
+    MetricSettings,
     VqvaeLossSettings,
     VqvaeSettings,
     VqvaeSourceSettings,
@@ -104,6 +105,7 @@ class Phase2(_PhaseBase):
     vqvae: VqvaeSettings = VqvaeSettings()
     loss: VqvaeLossSettings = VqvaeLossSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    metrics: MetricSettings = MetricSettings()
 
 
 class Phase3(_TransformerPhase):

@@ -70,6 +70,25 @@ class VqvaeLossSettings(Section):
     )
 
 
+class MetricSettings(Section):
+    """What validation of phase 2 measures beside pixels and codes, by networks from elsewhere."""
+
+    lpips: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto: where its weights are found (loss.vgg16_weights, loss.lpips_weights)",
+    )
+    rfid: Literal["auto", "none"] = Field(
+        "auto",
+        description="the Frechet distance between pictures and their reconstructions; auto: where "
+        "Inception's weights are found",
+    )
+    inception_weights: Optional[FolderOrFile] = Field(
+        None,
+        description="pt_inception-2015-12-05-6726825d.pth of pytorch-fid; default: torch's cache; "
+        "never downloaded",
+    )
+
+
 class FinetuningSettings(Section):
     """What phase 2 makes of the trained VQ-VAE that `init_from` names (only with init_from)."""
 

@@ -25,7 +25,7 @@ from lgpt.training.components import open_split, transform_of
 from lgpt.training.gan import Adversary
 from lgpt.training.losses import reconstruction_loss
 from lgpt.training.places import crops_of, micro_batches_of
-from lgpt.training.vqvae_validation import validate_vqvae
+from lgpt.training.vqvae_validation import VqvaeValidation
 
 _GRID_IMAGES = 8
 
@@ -41,6 +41,7 @@ class VqvaeTask:
         self.run, self.device = run, device
         self.train_images = self._images("train")
         self.val_images = self._images("val")
+        self.validation = VqvaeValidation(run, self.val_images, device)
         self.training_images = len(self.train_images)
         self.order = SampleOrder(len(self.train_images), run.seed)
         self.model_config = VQVAEConfig.from_settings(run.vqvae)
@@ -221,8 +222,8 @@ class VqvaeTask:
     def validate(self) -> Mapping[str, float]:
         """How well validation pictures come back, over all of them and all ranks."""
         self.engine.eval()
-        scores = validate_vqvae(self.run, self.val_images, self._reconstruct, self.device)
-        return scores.over_ranks()
+        figures, _ = self.validation.scores_of(self._reconstruct)
+        return figures
 
     def _reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.engine(images.to(parameter_dtype(self.engine)))

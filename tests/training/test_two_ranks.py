@@ -102,3 +102,7 @@ def test_two_ranks_validate_as_one_picture_at_a_time(results, folder):
         images = int(case.split()[1])
         expected = one_by_one(folder / "validation_0.yaml", images)
         assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6), case
+
+
+def test_a_network_that_one_rank_lacks_is_used_by_none(results):
+    assert [result["judges"] for result in results] == [[False, False]] * 2

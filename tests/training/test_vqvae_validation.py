@@ -18,7 +18,6 @@ from lgpt.evaluation.picture_metrics import code_perplexity, psnr_decibels, ssim
 from lgpt.settings.phases import Phase2
 from lgpt.settings.run import load_run_settings
 from lgpt.training.train_vqvae import VqvaeTask
-from lgpt.training.vqvae_validation import validate_vqvae
 
 # A prime, so that some batches of every micro batch and number of ranks are not full.
 IMAGES = 13
@@ -75,8 +74,9 @@ def test_one_rank_counts_every_picture_once_whatever_the_micro_batch(config, mic
         output = task.model(images)
         return output.reconstruction, output.tokens
 
-    scores = validate_vqvae(task.run, task.val_images, reconstruct, task.device)
-    assert scores.over_ranks() == pytest.approx(one_by_one(config, IMAGES), rel=1e-5, abs=1e-6)
+    figures, counts = task.validation.scores_of(reconstruct)
+    assert int(counts.sum()) == IMAGES * task.tokens_per_image
+    assert figures == pytest.approx(one_by_one(config, IMAGES), rel=1e-5, abs=1e-6)
     assert sizes == [-(-IMAGES // len(sizes))] * len(sizes)
     assert sizes[0] <= micro_batch
 

@@ -22,12 +22,14 @@ from lgpt.data.captioned import open_dataset
 from lgpt.engine import start
 from lgpt.engine.ranks import sum_over_ranks
 from lgpt.engine.start import start_process_group
+from lgpt.evaluation import judges
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.training.components import load_text_encoder_of
 from lgpt.training.train import train
 from lgpt.training.train_vqvae import VqvaeTask
+from lgpt.training.vqvae_validation import VqvaeValidation
 
 
 def a_late_rank_and_a_random_text_encoder(home: Path) -> dict[str, Any]:
@@ -119,10 +121,18 @@ def figures_of_a_validation(home: Path) -> dict[str, dict[str, float]]:
         task.build_engines(resolve_deepspeed_config(run, 2))
         for images in (1, 5, 13):
             training = run.training.model_copy(update={"validation_images": images})
-            task.run = run.model_copy(update={"training": training})
+            changed = run.model_copy(update={"training": training})
+            task.validation = VqvaeValidation(changed, task.val_images, task.device)
             figures[f"zero{stage}, {images} images"] = dict(task.validate())
         task.engine.destroy()
     return figures
+
+
+def judges_that_only_rank_0_could_load() -> list[bool]:
+    """Weights lie on the disk of rank 0's machine alone: both ranks must measure the same."""
+    judges.missing_lpips_weights = lambda *_: None if rank() == 0 else "vgg.pth is not there"
+    judges.missing_inception_weights = lambda *_: "inception.pth is not there"
+    return [judge is not None for judge in judges.find_judges(torch.device("cpu"), side=64)]
 
 
 COMPANIONS = ("config.yaml", "ds_config.json", "model_config.json")
@@ -149,6 +159,7 @@ def main() -> None:
         "stop": a_stop_and_a_refused_start_on_the_way(out),
         "budget": a_time_budget_on_ranks_of_different_speed(out),
         "validation": figures_of_a_validation(out),
+        "judges": judges_that_only_rank_0_could_load(),
         "float32_products": a_machine_that_looks_fast_to_rank_1_only(),
     }
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
