@@ -16,6 +16,7 @@ from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import sum_over_ranks
+from lgpt.evaluation.code_histogram import usage_histogram
 from lgpt.evaluation.picture_metrics import code_perplexity, code_usage
 from lgpt.models.perceptual import Lpips, load_lpips
 from lgpt.models.vqvae import VQVAE, VQVAEConfig, VQVAEOutput
@@ -41,6 +42,7 @@ class VqvaeTask:
         self.run, self.device = run, device
         self.train_images = self._images("train")
         self.val_images = self._images("val")
+        self.code_counts: Optional[torch.Tensor] = None  # over the last validation
         self.validation = VqvaeValidation(run, self.val_images, device)
         self.training_images = len(self.train_images)
         self.order = SampleOrder(len(self.train_images), run.seed)
@@ -222,7 +224,7 @@ class VqvaeTask:
     def validate(self) -> Mapping[str, float]:
         """How well validation pictures come back, over all of them and all ranks."""
         self.engine.eval()
-        figures, _ = self.validation.scores_of(self._reconstruct)
+        figures, self.code_counts = self.validation.scores_of(self._reconstruct)
         return figures
 
     def _reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,7 +233,7 @@ class VqvaeTask:
 
     @torch.no_grad()
     def draw(self, step: int) -> Mapping[str, Image.Image]:
-        """Validation pictures above their reconstructions."""
+        """Validation pictures above their reconstructions; codes by use in the last validation."""
         self.engine.eval()
         items = np.arange(min(_GRID_IMAGES, len(self.val_images)))
         images = self._to_device(self.val_images.items(items, np.zeros_like(items)))
@@ -240,7 +242,10 @@ class VqvaeTask:
             return {}
         pictures = to_pil(images.float().cpu()) + to_pil(reconstruction.float().cpu())
         captions = ["original"] * len(items) + ["reconstruction"] * len(items)
-        return {"reconstructions": picture_grid(pictures, captions, columns=len(items))}
+        grid = picture_grid(pictures, captions, columns=len(items))
+        if self.code_counts is None:
+            return {"reconstructions": grid}
+        return {"reconstructions": grid, "codebook_usage": usage_histogram(self.code_counts)}
 
 
 @contextmanager

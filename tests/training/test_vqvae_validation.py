@@ -84,7 +84,10 @@ def test_one_rank_counts_every_picture_once_whatever_the_micro_batch(config, mic
 def test_more_pictures_than_there_are_means_all_of_them(config):
     task = task_of(config, "training.validation_images=1000")
     task.engine = _Bare(task.model)
+    assert list(task.draw(0)) == ["reconstructions"]
     assert dict(task.validate()) == pytest.approx(one_by_one(config, 16), rel=1e-5, abs=1e-6)
+    assert list(task.draw(0)) == ["reconstructions", "codebook_usage"]
+    assert int(task.code_counts.sum()) == 16 * task.tokens_per_image
 
 
 class _Bare:
