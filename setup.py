@@ -31,6 +31,7 @@ REQUIRES = [
     "pyarrow>=8",
     "msgpack>=1",
     "tqdm>=4.64",
+    "matplotlib>=3.6",  # mlflow brings it anyhow
 ]
 
 EXTRAS = {

@@ -134,6 +134,43 @@ def bench_vqvae_command(
     print_table(recipe_table(result), result, as_json)
 
 
+@bench_app.command("quantizers")
+def bench_quantizers_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    minutes: float = typer.Option(5.0, min=0.001, help="training time of each quantizer"),
+    measurements: int = typer.Option(12, min=1, help="so often each is measured on the way"),
+    quantizer: Optional[list[str]] = typer.Option(
+        None,
+        help="gradient, ema, unit_gradient, unit_gradient_entropy or unit_ema; may be repeated; "
+        "default: all",
+    ),
+    plot: Path = typer.Option(
+        Path("quantizers.png"),
+        help="PNG of usage and PSNR over time; a .json beside it keeps the figures, also half-way",
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Train a phase 2 config with every quantizer for equal time; the curves in one picture."""
+    run = load_vqvae_run(config, overrides)
+    from lgpt.training.bench_quantizers import (
+        QUANTIZERS,
+        bench_quantizers,
+        plot_quantizers,
+        quantizer_table,
+    )
+
+    result = bench_quantizers(
+        run,
+        minutes=minutes,
+        measurements=measurements,
+        names=tuple(quantizer or QUANTIZERS),
+        out=plot.with_suffix(".json"),
+    )
+    plot_quantizers(result, plot)
+    print_table(quantizer_table(result), result, as_json)
+
+
 @bench_app.command("convert")
 def bench_convert_command(
     checkpoint: Optional[Path] = typer.Argument(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -108,13 +108,25 @@ def with_steps(run: Phase2, steps: int) -> Phase2:
 
 
 class OurTrainer:
-    """The parts of `lgpt train`, a step at a time and timed."""
+    """The parts of `lgpt train`, a step at a time and timed.
+
+    Args:
+        clock: Seconds of work so far.
+        budget_seconds: The learning rate decays towards it, as with `training.max_minutes`.
+    """
 
     name = "ours"
 
-    def __init__(self, run: Phase2, device: torch.device) -> None:
+    def __init__(
+        self,
+        run: Phase2,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+        budget_seconds: Optional[float] = None,
+    ) -> None:
         seed_everything(run.seed)
         self.run, self.steps, self.seconds = run, 0, 0.0
+        self._clock, self._budget_seconds = clock, budget_seconds
         self.task = VqvaeTask(run, device)
         self.task.build_engines(resolve_deepspeed_config(run, 1))
         self.window = CodeWindow(run.vqvae.codebook_size)
@@ -127,7 +139,7 @@ class OurTrainer:
     def step(self) -> None:
         """One optimizer step at the schedule's learning rate."""
         schedule = self.run.schedule
-        started_at = time.perf_counter()
+        started_at = self._clock()
         rate = learning_rate_at(
             self.steps,
             peak=self.run.optimizer.learning_rate,
@@ -135,10 +147,11 @@ class OurTrainer:
             max_steps=self.run.training.max_steps,
             decay=schedule.decay,
             final_ratio=schedule.final_ratio,
+            spent_share=self.seconds / self._budget_seconds if self._budget_seconds else 0.0,
         )
         set_learning_rate(self.task.engine, rate)
         self.task.train_step(self.steps)
-        self.seconds += time.perf_counter() - started_at
+        self.seconds += self._clock() - started_at
         self.steps += 1
 
     def measure(self) -> dict[str, Any]:
