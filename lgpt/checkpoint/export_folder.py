@@ -17,12 +17,16 @@ PROVENANCE = "export.json"
 def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write into; at the end it stands at `out`, whole, or nothing has changed there.
 
+    A kill between the two renames of a replacement leaves the earlier export beside `out`; the next
+    start puts it back first.
+
     Args:
         out: New, empty, or (with `overwrite`) an earlier export.
 
     Raises:
         CheckpointError: `out` holds something else, or the disk does not take the files.
     """
+    _put_back(out)
     _refuse_foreign(out, overwrite)
     staging = out.with_name(f".{out.name}.staging")
     try:
@@ -61,8 +65,25 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
         )
 
 
+def _put_back(out: Path) -> None:
+    old = _replaced(out)
+    if not old.is_dir() or out.exists():
+        return
+    try:
+        old.rename(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"a killed conversion left the earlier export in {old}, and it cannot be put back to "
+            f"{out} ({error}): move it by hand."
+        ) from error
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
 def _publish(staging: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.replaced")
+    old = _replaced(out)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

@@ -25,6 +25,8 @@ from typing import Any, Optional
 
 # Where a rank is, counted in memory that all processes share: so a kill hits what it aims at.
 PLACES = ("step", "validate", "draw", "stage", "complete", "publish", "prune", "load")
+# And of a conversion.
+PLACES += ("convert", "describe", "replace")
 _PATIENCE_SECONDS = 500.0
 
 
@@ -73,9 +75,20 @@ class ForkedRanks:
         max_file_bytes: Optional[int] = None,
     ) -> Outcome:
         """One start, to its end or its death."""
+        words = ["train", str(config), *overrides]
+        return self.command(*words, ranks=ranks, kill=kill, max_file_bytes=max_file_bytes)
+
+    def command(
+        self,
+        *words: str,
+        ranks: int = 1,
+        kill: Optional[Kill] = None,
+        max_file_bytes: Optional[int] = None,
+    ) -> Outcome:
+        """Any command of lgpt."""
         self._log.write_text("")
         order = {
-            "words": ["train", str(config), *overrides],
+            "words": words,
             "ranks": ranks,
             "kill": None if kill is None else vars(kill),
             "log": str(self._log),
@@ -197,7 +210,7 @@ def _be_a_rank(order: dict[str, Any], rank: int, port: int, counts: mmap.mmap) -
 
 def _count_places(counts: mmap.mmap) -> None:
     """Count rank 0's calls of what the places are called after."""
-    from lgpt.checkpoint import store
+    from lgpt.checkpoint import export, export_folder, store
     from lgpt.training import resume
     from lgpt.training.train_transformer import TransformerTask
     from lgpt.training.train_vqvae import VqvaeTask
@@ -220,6 +233,9 @@ def _count_places(counts: mmap.mmap) -> None:
         counted(store, f"_{name}", name)
     counted(store, "prune", "prune")
     counted(resume, "load_checkpoint", "load")
+    counted(export, "write_safetensors", "convert")
+    counted(export, "_write_descriptions", "describe")
+    counted(export_folder, "_publish", "replace")
 
 
 def _count(counts: mmap.mmap, place: str) -> int:

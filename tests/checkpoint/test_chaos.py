@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from forked_ranks import ForkedRanks, Kill, Outcome
 from test_resume import steps_of
 
 from lgpt.checkpoint.folders import newest_checkpoint, step_folders, step_of, verify
+from lgpt.core.files import sha256_of_file
 
 ROUNDS = int(os.environ.get("LGPT_REQUIRE_CHAOS_ROUNDS", "8"))
 CASES = (("vqvae", "zero2_bf16", "fp32"), ("transformer", "zero3_bf16", "bf16"))
@@ -156,6 +158,51 @@ def test_a_full_disk_ends_the_run_or_not_as_the_config_says(ranks, begun):
     assert whole_steps(checkpoints.parent) == [5, 4, 3, 2, 1]
     assert ranks.train(config, *words).codes == [0, 0]
     assert whole_steps(checkpoints.parent) == [9, 8]
+
+
+def test_a_conversion_that_is_killed_leaves_the_old_export_or_the_new_one(ranks, begun):
+    """Whole, and under its name after the next start at the latest."""
+    config, checkpoints = copy_of(begun, "converted")
+    out = config.parent / "exported"
+    words = ("convert", str(checkpoints / "step_3"), str(out), "--max-shard-size", "100KB")
+    assert ranks.command(*words).codes == [0]
+    newer = ("convert", str(checkpoints / "step_5"), *words[2:], "--overwrite")
+    assert exported_step(out) == 3
+    chance = random.Random(7)
+    for number in range(max(6, ROUNDS // 4)):
+        place = ("convert", "describe", "replace")[number % 3]
+        kill = Kill(place, 1, (0.02 if place == "convert" else 0.001) * chance.random(), (0,))
+        outcome = ranks.command(*newer, kill=kill)
+        if outcome.codes == [0]:  # it was faster than the kill
+            assert exported_step(out) == 5
+            continue
+        assert outcome.codes == [-signal.SIGKILL], outcome.log[-2000:]
+        there = out if out.exists() else out.with_name(".exported.replaced")
+        assert exported_step(there) in (3, 5), kill
+    assert ranks.command(*newer).codes == [0]
+    assert exported_step(out) == 5
+    beside = {path.name for path in out.parent.iterdir() if "exported" in path.name}
+    assert beside == {"exported"}
+
+
+def exported_step(folder: Path) -> int:
+    """The step of an export whose every file has the digest that it should have."""
+    told = json.loads((folder / "export.json").read_text())
+    for name, digest in told["sha256"].items():
+        assert sha256_of_file(folder / name) == digest, name
+    assert {"model.safetensors.index.json", "config.json"} < set(told["sha256"])
+    return int(told["step"])
+
+
+def test_an_export_that_a_kill_left_aside_is_put_back_even_when_the_next_start_fails(ranks, begun):
+    config, checkpoints = copy_of(begun, "aside")
+    out = config.parent / "put-back"
+    words = ("convert", str(checkpoints / "step_3"), str(out))
+    assert ranks.command(*words).codes == [0]
+    out.rename(out.with_name(".put-back.replaced"))  # where the kill between the renames leaves it
+    shutil.rmtree(checkpoints / "step_3" / "model")
+    assert ranks.command(*words, "--overwrite").codes == [3]
+    assert exported_step(out) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(ranks, begun):
