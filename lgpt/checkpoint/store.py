@@ -90,16 +90,26 @@ def save_checkpoint(
     try:
         _stage(engines, staging, trainer_state, extra_files)
         _complete(engines, staging, final, step, facts or {})
-    except CheckpointError:
+    except CheckpointError as error:
+        # torch's writer says "unexpected pos" where a disk is full.
+        told = f"{error}{_free_space(checkpoints)}"
+        barrier()  # all have looked
         if is_rank_zero():
             shutil.rmtree(staging, ignore_errors=True)
-        raise
+        raise CheckpointError(told) from error
     if is_rank_zero():
         record_check(final, [])  # every file was just read back from where it was synced to
         prune(checkpoints, keep)
         _log.info("Checkpoint %s saved", final)
     barrier()
     return final
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f" (free on its disk: {shutil.disk_usage(folder).free:,} bytes)"
+    except OSError:
+        return ""
 
 
 def find_whole_checkpoint(run_folder: Path) -> Optional[Path]:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -158,6 +162,41 @@ def test_a_full_disk_ends_the_run_or_not_as_the_config_says(ranks, begun):
     assert whole_steps(checkpoints.parent) == [5, 4, 3, 2, 1]
     assert ranks.train(config, *words).codes == [0, 0]
     assert whole_steps(checkpoints.parent) == [9, 8]
+
+
+@contextmanager
+def small_disk(place: Path, size: int) -> Iterator[None]:
+    """A file system in memory of so many bytes, with what lies at `place` in it."""
+    aside = place.with_name(f"{place.name}-aside")
+    place.rename(aside)
+    place.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
+    mounted = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"this user may mount nothing: {mounted.stderr.strip()}")
+    try:
+        shutil.copytree(aside, place, dirs_exist_ok=True)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full_keeps_every_old_checkpoint(ranks, begun):
+    config, checkpoints = copy_of(begun, "really-full")
+    used = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
+    words = ("training.max_steps=7", "checkpoint.keep_every=0")
+    with small_disk(checkpoints, used + used // 10):  # half of one more checkpoint
+        stopped = ranks.train(config, *words)
+        assert stopped.codes == [3, 3], stopped.log[-3000:]
+        free = re.search(r"\(free on its disk: ([\d,]+) bytes\)", stopped.log)
+        assert free is not None, stopped.log[-3000:]
+        assert int(free[1].replace(",", "")) < used // 10
+        assert whole_steps(checkpoints.parent) == [5, 4, 3, 2, 1]
+        subprocess.run(["mount", "-o", f"remount,size={3 * used}", str(checkpoints)], check=True)
+        went_on = ranks.train(config, *words)
+        assert went_on.codes == [0, 0], went_on.log[-3000:]
+        assert resumed_from(went_on) == 5
+        assert whole_steps(checkpoints.parent) == [7, 6]
 
 
 def test_a_conversion_that_is_killed_leaves_the_old_export_or_the_new_one(ranks, begun):
