@@ -1,0 +1,175 @@
+"""The model's promises on a CUDA GPU, in bf16 and with flash-attn, as they are tested on a CPU.
+
+The same tests run on the CPU in float32, so that they are known to work before a GPU sees them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lgpt.engine.blocks import apply_block_settings
+from lgpt.models.attention import causal_attention
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.models.token_head import TokenHead
+from lgpt.sampling.generate import generate_tokens
+from lgpt.settings.blocks import BlockSettings
+
+CONFIG = LatentGPTConfig(64, 4, 4, 8, layers=3, hidden=64, heads=4, cond_drop=0.0)
+# Device, precision, kernel of self-attention, and how far a result may be from the plain one.
+PLACES = [
+    pytest.param(("cpu", torch.float32, "sdpa", 1e-4), id="cpu-fp32"),
+    pytest.param(("cuda", torch.float32, "sdpa", 1e-4), id="cuda-fp32", marks=pytest.mark.gpu),
+    pytest.param(("cuda", torch.bfloat16, "sdpa", 5e-2), id="cuda-bf16", marks=pytest.mark.gpu),
+    pytest.param(("cuda", torch.bfloat16, "flash", 5e-2), id="cuda-flash", marks=pytest.mark.gpu),
+]
+Place = tuple[str, torch.dtype, str, float]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    if request.param[2] == "flash":
+        pytest.importorskip("flash_attn")
+    place: Place = request.param
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _full_float32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def model_at(place: Place, **changes: Any) -> LatentGPT:
+    device, dtype, kernel, _ = place
+    torch.manual_seed(0)
+    model = LatentGPT(dataclasses.replace(CONFIG, attention=kernel, **changes))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(device, dtype)
+
+
+def batch_at(place: Place, images: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    device, dtype, _, _ = place
+    torch.manual_seed(1)
+    tokens, text = torch.randint(64, (images, 16)), torch.randn(images, 5, 8)
+    null_text = torch.arange(images) == 1
+    return tokens.to(device), text.to(device, dtype), null_text.to(device)
+
+
+def test_cached_decoding_gives_the_logits_of_the_full_forward_at_every_position(place: Place):
+    model, (tokens, text, null_text) = model_at(place).eval(), batch_at(place)
+    with torch.no_grad():
+        expected = model(tokens, text, null_text=null_text)
+    state = model.start_decoding(text, null_text=null_text)
+    decoded = [model.decode_next(None, state)]
+    decoded += [model.decode_next(tokens[:, column], state) for column in range(15)]
+    found = torch.stack(decoded, dim=1).float()
+    torch.testing.assert_close(found, expected.float(), atol=place[3], rtol=place[3])
+
+
+def test_guidance_is_the_two_forwards_it_stands_for(place: Place):
+    """Greedy drawing with guidance, against logits of whole forwards of both halves."""
+    model, (_, text, _) = model_at(place).eval(), batch_at(place)
+    seeds = list(range(3))
+    drawn = generate_tokens(model, text, None, seeds=seeds, top_k=1, guidance=3.0).flatten(1)
+    nobody = torch.zeros(3, dtype=torch.bool, device=text.device)
+    with torch.no_grad():
+        with_text = model(drawn, text, null_text=nobody).float()
+        without = model(drawn, text, null_text=~nobody).float()
+    guided = without + 3.0 * (with_text - without)
+    best, chosen = guided.max(dim=2).values, guided.gather(2, drawn.unsqueeze(2)).squeeze(2)
+    # A token that ties within rounding may be chosen instead.
+    assert float((best - chosen).max()) <= 20 * place[3] * float(guided.abs().max())
+    if place[1] == torch.float32:
+        assert torch.equal(guided.argmax(dim=2), drawn)
+
+
+def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(place: Place):
+    device, dtype, _, tolerance = place
+    torch.manual_seed(2)
+    head = TokenHead(32, 512).to(device, dtype)
+    head.weight.data.normal_(std=0.3)
+    hidden = torch.randn(2, 40, 32, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.randint(512, (2, 40), device=device)
+    loss = head(hidden, targets)
+    loss.backward()
+    plain_hidden = hidden.detach().float().requires_grad_()
+    plain_weight = head.weight.detach().float().requires_grad_()
+    logits = plain_hidden @ plain_weight.t()
+    plain = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    plain.backward()
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=tolerance)
+    for found, expected in (
+        (hidden.grad, plain_hidden.grad),
+        (head.weight.grad, plain_weight.grad),
+    ):
+        scale = float(expected.abs().max())
+        assert float((found.float() - expected).abs().max()) <= tolerance * scale
+
+
+def test_attention_is_the_plain_formula(place: Place):
+    device, dtype, kernel, tolerance = place
+    torch.manual_seed(3)
+    q, k, v = torch.randn(3, 2, 48, 4, 64, device=device, dtype=dtype).unbind(0)
+    scores = torch.einsum("blnk,bsnk->bnls", q.double(), k.double()) / 8
+    later = torch.ones(48, 48, dtype=torch.bool, device=device).triu(1)
+    weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)
+    expected = torch.einsum("bnls,bsnk->blnk", weights, v.double())
+    found = causal_attention(q, k, v, kernel).double()
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "every_n", "selective"])
+def test_checkpointing_changes_no_gradient(place: Place, checkpointing: str):
+    tokens, text, null_text = batch_at(place)
+
+    def gradients(settings: BlockSettings) -> list[Tensor]:
+        model = model_at(place, dropout=0.2).train()
+        apply_block_settings(model, settings)
+        torch.manual_seed(4)
+        model(tokens, text, targets=tokens, null_text=null_text).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients(BlockSettings())
+    found = gradients(BlockSettings(checkpointing=checkpointing))
+    assert len(found) == len(expected) > 20
+    for mine, reference in zip(found, expected):
+        torch.testing.assert_close(mine, reference, atol=place[3] / 10, rtol=place[3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["cpu-fp32", "cuda-bf16"]
+)
+def test_the_first_loss_of_the_full_size_model_is_ln_of_its_codes(device: str):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    model = LatentGPT(LatentGPTConfig(16384, 16, 16, 512)).to(device, dtype).eval()
+    assert model.num_parameters() > 500e6
+    tokens = torch.randint(16384, (1, 256), device=device)
+    text = torch.randn(1, 20, 512, device=device, dtype=dtype)
+    with torch.no_grad():
+        loss = float(model(tokens, text, targets=tokens))
+    assert loss == pytest.approx(math.log(16384), rel=0.01)
+
+
+@pytest.mark.gpu
+def test_logits_of_4096_tokens_are_never_whole_in_float32_on_a_gpu():
+    rows, codes = 2 * 4096, 16384
+    head = TokenHead(64, codes).to("cuda", torch.bfloat16)
+    hidden = torch.randn(2, 4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    head(hidden, torch.zeros(2, 4096, dtype=torch.long, device="cuda")).backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * rows * codes / 2
