@@ -56,6 +56,9 @@ class VQVAEConfig:
     def from_dict(cls, values: dict[str, Any]) -> VQVAEConfig:
         """Back from `to_dict`.
 
+        A field that is missing has the value that it has here, not the default of run configs: that
+        one may change, and files that say nothing mean taming's quantizer.
+
         Raises:
             CheckpointError: Unknown or missing fields, or values that describe no VQ-VAE.
         """
@@ -63,7 +66,7 @@ class VQVAEConfig:
         input_range = values.get("input_range", INPUT_RANGES[0])
         try:
             known = {k: v for k, v in values.items() if k != "input_range"}
-            settings = VqvaeSettings.model_validate(known)
+            settings = VqvaeSettings.model_validate({**_when_missing(), **known})
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -97,6 +100,14 @@ class VQVAEConfig:
     def downsample_factor(self) -> int:
         """Pixels a side of one token: f = 2^(levels - 1)."""
         return int(2 ** (len(self.ch_mult) - 1))
+
+
+def _when_missing() -> dict[str, Any]:
+    """The fields that have defaults, but for the one that run configs do not have."""
+    fields = dataclasses.fields(VQVAEConfig)
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    del defaults["input_range"]
+    return defaults
 
 
 def shown(value: object) -> str:

@@ -24,7 +24,6 @@ from lgpt.models.flax_weights import FlaxLayout
 from lgpt.models.vqgan_import import export_taming, load_vqvae
 from lgpt.models.vqvae import VQVAE, inference_state
 from lgpt.models.vqvae_config import VQVAEConfig
-from lgpt.settings.vqvae import VqvaeSettings
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SETS = [
@@ -172,7 +171,7 @@ def test_flax_names_map_as_vqgan_jax_maps_them() -> None:
     assert len(set(mapped.values())) == len(mapped) == reference["n_tensors"] == 343
     assert sum(math.prod(shape) for shape in theirs.values()) == 76_073_859
     with torch.device("meta"):
-        vqvae = VQVAE(VQVAEConfig.from_settings(VqvaeSettings()))
+        vqvae = VQVAE(VQVAEConfig(codebook_size=16384, code_dim=256))
     assert set(vqvae.state_dict()) == set(mapped)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ TINY = VQVAEConfig(
 def test_real_size_has_exactly_taming_s_tensors() -> None:
     reference = json.loads((FIXTURES / "taming_f16_16384_keys.json").read_text())
     with torch.device("meta"):
-        vqvae = VQVAE(VQVAEConfig.from_settings(VqvaeSettings()))
+        vqvae = VQVAE(VQVAEConfig(codebook_size=16384, code_dim=256))
     ours = {name: list(tensor.shape) for name, tensor in vqvae.state_dict().items()}
     theirs = {key: shape for key, shape, _ in reference["keys"]}
     assert ours == theirs
@@ -37,14 +38,24 @@ def test_real_size_has_exactly_taming_s_tensors() -> None:
 
 
 def test_moving_averages_add_nothing_to_the_inference_state() -> None:
-    settings = VqvaeSettings(
-        codebook_size=16, code_dim=4, z_channels=32, ch=32, ch_mult=(1, 2), num_res_blocks=1
-    )
-    learned = VQVAE(VQVAEConfig.from_settings(settings))
-    averaged = VQVAE(
-        VQVAEConfig.from_settings(settings.model_copy(update={"codebook_update": "ema"}))
-    )
+    learned = VQVAE(replace(TINY, codebook_update="gradient"))
+    averaged = VQVAE(replace(TINY, codebook_update="ema"))
     assert set(inference_state(averaged)) == set(learned.state_dict())
+
+
+def test_fields_that_a_file_lacks_do_not_follow_the_defaults_of_run_configs(monkeypatch) -> None:
+    """Weights of taming, and folders from before a field was there, go on to mean what they did."""
+    told = {"codebook_size": 16, "code_dim": 4}
+    defaults = {"codebook_update": "ema", "l2_normalized_codes": True, "num_res_blocks": 7}
+    for name, value in defaults.items():
+        monkeypatch.setattr(VqvaeSettings.model_fields[name], "default", value)
+    VqvaeSettings.model_rebuild(force=True)
+    try:
+        assert VqvaeSettings(**told).num_res_blocks == 7
+        assert VQVAEConfig.from_dict(told) == VQVAEConfig(16, 4)
+    finally:
+        monkeypatch.undo()
+        VqvaeSettings.model_rebuild(force=True)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 14)])
