@@ -15,8 +15,19 @@ import typer
 
 from lgpt.cli_bench import bench_app
 from lgpt.cli_checkpoint import checkpoint_app
+from lgpt.cli_evaluate import evaluate
 from lgpt.cli_models import convert, export
-from lgpt.cli_parts import CONFIG, JSON, OVERRIDES, load_run, load_transformer_run, print_table
+from lgpt.cli_parts import (
+    CONFIG,
+    DDCONFIG,
+    JSON,
+    LARGEST_SEED,
+    OVERRIDES,
+    SOURCE_OPTION,
+    load_run,
+    load_transformer_run,
+    print_table,
+)
 from lgpt.core.distributed import leave_process_group, rank, world_size
 from lgpt.core.errors import LgptError, SettingsError
 from lgpt.core.logging import configure_logging
@@ -44,7 +55,6 @@ _TEXT_ENCODER = typer.Option(
     None, help="hub name or folder of a CLIP model: short for text.encoder=..."
 )
 _RANKS = typer.Option(1, help="ranks that the DeepSpeed config is resolved for", min=1)
-_LARGEST_SEED = 2**62  # as in run configs
 
 
 def main() -> None:
@@ -156,7 +166,7 @@ def sample(
     top_k: Optional[int] = typer.Option(None, help="draw among so many likeliest; 0 = all"),
     top_p: Optional[float] = typer.Option(None, help="draw among this much probability; 1 = all"),
     seed: int = typer.Option(
-        0, min=0, max=_LARGEST_SEED, help="the same prompt and seed give the same picture"
+        0, min=0, max=LARGEST_SEED, help="the same prompt and seed give the same picture"
     ),
     preview: Optional[Path] = typer.Option(
         None, help="a PNG, written anew after every quarter of the rows"
@@ -184,45 +194,7 @@ def sample(
     )
 
 
-@app.command()
-def evaluate(
-    model: Path = typer.Argument(..., help="a model folder written by `lgpt convert`"),
-    prompt_accuracy: int = typer.Option(
-        256, min=1, help="prompts of held-out combinations of the shapes dataset"
-    ),
-    memorisation: Optional[str] = typer.Option(
-        None,
-        help="the run folder or config it was trained with: instead, how near drawn pictures come "
-        "to training pictures",
-    ),
-    pictures: int = typer.Option(64, min=1, help="drawn for each kind of caption"),
-    clip: Optional[str] = typer.Option(
-        None, help="hub name or folder of a whole CLIP that compares pictures too"
-    ),
-    guidance: Optional[float] = typer.Option(None, help="guidance scale; default: the model's"),
-    seed: int = typer.Option(0, min=0, max=_LARGEST_SEED),
-    as_json: bool = JSON,
-) -> None:
-    """Measure how often pictures show what their prompts say (models trained on shapes).
-
-    The result is also kept in MODEL/evaluation.json. With --memorisation RUN, any model's pictures
-    are compared with the training pictures, beside real pictures that training never saw; what
-    comes nearest is shown in MODEL/memorisation.png.
-    """
-    if memorisation is not None:
-        from lgpt.training.memorisation import memorisation_report, memorisation_table
-
-        saved = Path(memorisation) / "config.yaml"
-        run = load_transformer_run(str(saved) if saved.is_file() else memorisation, None)
-        result = memorisation_report(
-            model, run, pictures=pictures, guidance=guidance, seed=seed, clip=clip
-        )
-        print_table(memorisation_table(result), result, as_json)
-        return
-    from lgpt.evaluation.prompt_accuracy import accuracy_table, evaluate_model
-
-    result = evaluate_model(model, prompt_accuracy, guidance=guidance, seed=seed)
-    print_table(accuracy_table(result), result, as_json)
+app.command()(evaluate)
 
 
 @app.command()
@@ -236,22 +208,11 @@ def report(
     print_table(report_table(reports), {"runs": reports}, as_json)
 
 
-_SOURCE_OPTION = typer.Option(
-    None,
-    "--source",
-    help="pretrained_hf, pretrained_taming, pretrained_llamagen or custom; default: told by the "
-    "files",
-)
-_DDCONFIG = typer.Option(
-    None, help="the model.yaml of a taming .ckpt, when it does not lie beside it"
-)
-
-
 @vqvae_app.command("inspect")
 def inspect_command(
     source: str = typer.Argument(..., help="hub name, folder or file of a VQ-VAE"),
-    kind: Optional[str] = _SOURCE_OPTION,
-    ddconfig: Optional[str] = _DDCONFIG,
+    kind: Optional[str] = SOURCE_OPTION,
+    ddconfig: Optional[str] = DDCONFIG,
     images: Optional[Path] = typer.Option(None, help="a picture or a folder of pictures"),
     out: Optional[Path] = typer.Option(
         None, help="PNG of inputs above reconstructions; default: reconstructions.png"
@@ -281,8 +242,8 @@ def inspect_command(
 def convert_vqvae_command(
     source: str = typer.Argument(..., help="hub name, folder or file of a VQ-VAE"),
     out: Path = typer.Argument(..., help="the folder to write"),
-    kind: Optional[str] = _SOURCE_OPTION,
-    ddconfig: Optional[str] = _DDCONFIG,
+    kind: Optional[str] = SOURCE_OPTION,
+    ddconfig: Optional[str] = DDCONFIG,
     to: str = typer.Option("lgpt", help="lgpt (safetensors), or taming (last.ckpt + model.yaml)"),
     overwrite: bool = typer.Option(False, help="replace these files in a folder that holds some"),
 ) -> None:

@@ -13,6 +13,16 @@ from lgpt.core.errors import SettingsError
 
 CONFIG = typer.Argument(..., help="a YAML file, or a shipped name such as demo/phase3_shapes")
 OVERRIDES = typer.Argument(None, help="section.key=value ..., wins over the file")
+SOURCE_OPTION = typer.Option(
+    None,
+    "--source",
+    help="pretrained_hf, pretrained_taming, pretrained_llamagen or custom; default: told by the "
+    "files",
+)
+DDCONFIG = typer.Option(
+    None, help="the model.yaml of a taming .ckpt, when it does not lie beside it"
+)
+LARGEST_SEED = 2**62  # as in run configs
 JSON = typer.Option(False, "--json", help="also print one JSON object on the last line")
 
 
