@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lgpt.core.errors import DataError, SettingsError
 from lgpt.core.logging import get_logger
-from lgpt.data.captioned import BadImage, decode_image
+from lgpt.data.captioned import BadImage
+from lgpt.data.picture_folder import PictureFolder
 from lgpt.data.transforms import to_pil, to_unit_range, validation_transform
 from lgpt.models.source_files import guess_source
 from lgpt.models.vqgan_import import load_vqvae
@@ -31,7 +32,6 @@ from lgpt.sampling.picture_grid import picture_grid
 
 _log = get_logger(__name__)
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _COLUMNS = 8
 _IMAGES_PER_CALL = 4
 
@@ -125,24 +125,23 @@ def inspect_vqvae(
 
 def _read_pictures(images: Path, side: int, most: int) -> tuple[Tensor, int]:
     """Up to `most` pictures [n, 3, side, side] in [-1, 1], and how many there are."""
-    paths = [images] if images.is_file() else sorted(images.rglob("*"))
-    paths = [path for path in paths if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    folder = PictureFolder(images)
     transform, pixels = validation_transform(side), []
-    for index, path in enumerate(paths):
+    for index in range(len(folder)):
         if len(pixels) == most:
             break
         try:
-            picture = decode_image(path, str(path))
+            picture = folder.load(index)
         except BadImage as error:
             _log.warning("Skipped a bad picture: %s", error)
             continue
         pixels.append(transform(picture, index, 0))
     if not pixels:
         raise DataError(
-            f"{images} holds no picture that can be read ({', '.join(_SUFFIXES)}); give --images a "
-            "picture or a folder of pictures."
+            f"{images} holds no picture that can be read; give --images a picture or a folder of "
+            "pictures."
         )
-    return to_unit_range(torch.from_numpy(np.stack(pixels))), len(paths)
+    return to_unit_range(torch.from_numpy(np.stack(pixels))), len(folder)
 
 
 @torch.no_grad()
