@@ -197,7 +197,8 @@ def missing_inception_weights(named: Optional[Path]) -> Optional[str]:
     places = " or ".join(map(str, _places(named)))
     return (
         f"{places} is not there; fetch {_ADDRESS} on a machine with internet (torchvision's "
-        "inception_v3 is another network) and name the file in metrics.inception_weights"
+        "inception_v3 is another network) and name the file in metrics.inception_weights "
+        "(--inception-weights)"
     )
 
 

@@ -116,10 +116,10 @@ def missing_lpips_weights(
     vgg16_places = _vgg16_places(vgg16_weights)
     vgg16 = _first_file(vgg16_places)
     if vgg16 is None:
-        return _not_there(vgg16_places, "loss.vgg16_weights", _VGG16_ADDRESS)
+        return _not_there(vgg16_places, "loss.vgg16_weights (--vgg16-weights)", _VGG16_ADDRESS)
     linear_places = _linear_places(lpips_weights, vgg16)
     if _first_file(linear_places) is None:
-        return _not_there(linear_places, "loss.lpips_weights", _LINEAR_ADDRESS)
+        return _not_there(linear_places, "loss.lpips_weights (--lpips-weights)", _LINEAR_ADDRESS)
     return None
 
 

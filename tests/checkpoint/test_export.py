@@ -13,9 +13,11 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lgpt.checkpoint.convert import merged_weights
 from lgpt.checkpoint.export import convert_run
+from lgpt.cli import app
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.models.clip_encoder import make_random_clip_text_encoder
 from lgpt.models.latent_gpt import LatentGPT
@@ -102,6 +104,20 @@ def test_the_card_and_export_json_tell_where_it_came_from(saves, phase3, tmp_pat
     for name, digest in provenance["sha256"].items():
         assert hashlib.sha256(there[name].read_bytes()).hexdigest() == digest
         assert f"{digest}  {name}" in card
+
+
+def test_a_phase_2_checkpoint_is_evaluated_on_the_pictures_of_its_run(saves, tmp_path):
+    step = saves.folder / "runs" / "phase2" / "checkpoints" / "step_7"
+    page = tmp_path / "page.html"
+    words = ["evaluate", str(step), "--max-images", "3", "--page", str(page), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["source_told_by"] == "a checkpoint of lgpt, step 7"
+    assert result["weights_digest"] == tiny_models.vqvae().weights_digest()
+    assert (result["images"], result["resolution"], result["tokens"]) == (3, 8, 3 * 16)
+    assert (result["data"]["dataset"], result["data"]["split"]) == ("shapes", "val")
+    assert page.is_file()
 
 
 def test_a_phase_2_run_becomes_a_vqvae(saves, tmp_path):
