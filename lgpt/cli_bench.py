@@ -151,7 +151,15 @@ def bench_quantizers_command(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Train a phase 2 config with every quantizer for equal time; the curves in one picture."""
+    """Train a phase 2 config with every quantizer for equal time; the curves in one picture.
+
+    gradient is taming's wide codebook, ema the same as moving averages with restarts of dead codes
+    (VQ-VAE-2, Jukebox), unit_gradient LlamaGen's: unit length, 8 wide; unit_gradient_entropy adds
+    IBQ's regulariser, unit_ema is ema at unit length. Pictures, order and seed are the same; on a
+    CPU their own time counts, so others on the machine disturb nobody. Ctrl-C shows what there is.
+
+        lgpt bench quantizers demo/phase2_openmoji_f8 vqvae.codebook_size=16384 --minutes 6
+    """
     run = load_vqvae_run(config, overrides)
     from lgpt.training.bench_quantizers import (
         QUANTIZERS,
