@@ -97,6 +97,7 @@ class VectorQuantizer(nn.Module):
         self.revive_dead_codes = revive_dead_codes
         self.entropy_temperature = entropy_temperature
         self._seen: list[_Seen] = []
+        self._notes_latents = self.uses_moving_averages
         self.embedding = Codebook(
             num_codes, dim, is_learned=update == "gradient", is_normalized=is_normalized
         )
@@ -122,7 +123,7 @@ class VectorQuantizer(nn.Module):
             else:
                 codebook_loss = functional.mse_loss(codes_ND, z_ND.detach())
             latents_ND = z_ND + (codes_ND - z_ND).detach()
-            if self.uses_moving_averages and self.training:
+            if self._notes_latents and self.training:
                 self._seen.append(_Seen(z_ND.detach(), tokens))
         latents = latents_ND.view(batch, height, width, dim).permute(0, 3, 1, 2)
         return Quantized(
@@ -145,9 +146,32 @@ class VectorQuantizer(nn.Module):
         codes_ND = self.embedding(tokens=tokens.reshape(-1)).codes
         return codes_ND.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
 
-    def begin_step(self) -> None:
-        """Forget what training forwards saw since the last `finish_step`, as a trial batch."""
+    def begin_step(self, *, notes_latents: bool = False) -> None:
+        """Forget what training forwards saw since the last `finish_step`, as a trial batch.
+
+        Args:
+            notes_latents: `drawn_latents` will be asked of this step (moving averages always note).
+        """
         self._seen = []
+        self._notes_latents = self.uses_moving_averages or notes_latents
+
+    @torch.no_grad()
+    def drawn_latents(self, count: int, *, seed: int, step: int) -> Float[Tensor, "count dim"]:
+        """Random latents of the global batch since `begin_step`, the same on every rank.
+
+        All ranks call it before `finish_step`. Others than those that revived codes get.
+        """
+        return _drawn_latents(self._seen, count, key=(seed, step, 1))
+
+    @torch.no_grad()
+    def place(self, codes: Int[Tensor, " n"], latents: Float[Tensor, "n dim"]) -> None:
+        """Lay codes onto latents, with an average's share of the use; after `finish_step`.
+
+        Only for moving averages: what codes that learn are is the optimizer's (engine/build.py).
+        """
+        assert self.uses_moving_averages, "a parameter has masters and moments too"
+        self._restart(codes, latents)
+        self.embedding.weight[codes] = latents
 
     @torch.no_grad()
     def finish_step(self, *, seed: int, step: int) -> int:
@@ -163,14 +187,14 @@ class VectorQuantizer(nn.Module):
             How many codes restarted at a latent.
         """
         seen, self._seen = self._seen, []
-        if not seen:
+        if not seen or not self.uses_moving_averages:
             return 0
         z_ND = torch.cat([each.latents for each in seen])
         sums_KD, counts_K = self._sums_over_ranks(z_ND, torch.cat([e.tokens for e in seen]))
         if not bool(torch.isfinite(sums_KD).all()):
             return 0  # the codes would never recover; the loop sees the loss or the gradient
         if not bool(self.is_initialized):
-            rows_KD = _drawn_latents(seen, self.num_codes, seed=seed, step=step)
+            rows_KD = _drawn_latents(seen, self.num_codes, key=(seed, step))
             fair_share = float(counts_K.sum()) / self.num_codes
             self.ema_count.fill_(fair_share)
             self.ema_sum.copy_(rows_KD * fair_share)
@@ -205,19 +229,22 @@ class VectorQuantizer(nn.Module):
         # The same on every rank: the counts were summed over all ranks.
         dead = (self.ema_count < _DEAD_BELOW_SHARE * fair_share).nonzero().squeeze(1)
         if len(dead) > 0:
-            # Count and sum restart too, or the next average would pull the code back (espnet PR
-            # 6284).
-            self.ema_count[dead] = fair_share
-            rows = _drawn_latents(seen, len(dead), seed=seed, step=step)
-            self.ema_sum[dead] = rows * fair_share
+            self._restart(dead, _drawn_latents(seen, len(dead), key=(seed, step)))
         return len(dead)
+
+    def _restart(self, codes: Tensor, latents: Tensor) -> None:
+        """Count and sum of codes as if the average use had been of these latents."""
+        # Both, or the next average would pull the code back (espnet PR 6284).
+        fair_share = float(self.ema_count.sum()) / self.num_codes
+        self.ema_count[codes] = fair_share
+        self.ema_sum[codes] = latents * fair_share
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return apply_keeping_float32_buffers(self, fn, recurse)
 
 
-def _drawn_latents(seen: list[_Seen], count: int, *, seed: int, step: int) -> Tensor:
-    """Random latents of the global batch [count, D]: a function of it, the seed and the step.
+def _drawn_latents(seen: list[_Seen], count: int, *, key: tuple[int, ...]) -> Tensor:
+    """Random latents of the global batch [count, D]: a function of it and the key.
 
     Its latents are numbered as training reads its pictures: micro batch by micro batch, and in it
     rank by rank (training/places.py), which is the same order for every number of ranks. Latents
@@ -227,7 +254,7 @@ def _drawn_latents(seen: list[_Seen], count: int, *, seed: int, step: int) -> Te
     per_micro_batch = len(seen[0].latents)
     assert all(len(each.latents) == per_micro_batch for each in seen), "micro batches of one size"
     total = len(seen) * world * per_micro_batch
-    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
     picks = torch.randperm(total, generator=generator)[:count]
     if count > total:

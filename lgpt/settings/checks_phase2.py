@@ -38,11 +38,33 @@ def add_inert_of_phase2(run: Phase2, add: AddInert) -> None:
         add("metrics.inception_weights", "metrics.rfid", "with metrics.rfid: none")
     if run.loss.adversarial == "none":
         add("discriminator", "loss.adversarial", "with loss.adversarial: none (only with hinge)")
+    _add_inert_health(run, add)
+
+
+def _add_inert_health(run: Phase2, add: AddInert) -> None:
+    codes, player = "health.least_codebook_usage", "health.least_discriminator_loss"
+    learns_codes, has_player = run.finetuning.trains == "all", run.loss.adversarial != "none"
+    if not learns_codes:
+        names = f"health.codebook_window_tokens {codes}"
+        add(names, "finetuning.trains", "with finetuning.trains: decoder (codes stay)")
+    elif run.health.least_codebook_usage == 0:
+        add("health.codebook_window_tokens", codes, f"with {codes}: 0 (usage is not judged)")
+    if not has_player:
+        names = f"health.discriminator_window_steps {player}"
+        add(names, "loss.adversarial", "with loss.adversarial: none (only with hinge)")
+    elif run.health.least_discriminator_loss == 0:
+        add("health.discriminator_window_steps", player, f"with {player}: 0 (it is not judged)")
+    judges_codes = learns_codes and run.health.least_codebook_usage > 0
+    judges_player = has_player and run.health.least_discriminator_loss > 0
+    if not (judges_codes or judges_player):
+        switch = codes if learns_codes else "finetuning.trains"
+        add("health.respond", switch, "where neither codes nor discriminator are judged")
 
 
 def contradictions_of_phase2(run: Phase2, at: At) -> list[Problem]:
     """Settings of phase 2 that cannot both be meant."""
-    return [*_vqvae(run.vqvae, run.data, at), *_perceptual(run, at), *_discriminator(run, at)]
+    problems = [*_vqvae(run.vqvae, run.data, at), *_perceptual(run, at), *_discriminator(run, at)]
+    return problems + _health(run, at)
 
 
 def _vqvae(vqvae: VqvaeSettings, data: DataSettings, at: At) -> list[Problem]:
@@ -114,3 +136,15 @@ def _discriminator(run: Phase2, at: At) -> list[Problem]:
         )
         problems.append(problem(text, *names))
     return problems
+
+
+def _health(run: Phase2, at: At) -> list[Problem]:
+    names = ("health.codebook_window_tokens", "vqvae.codebook_size")
+    wants_judged = run.finetuning.trains == "all" and run.health.least_codebook_usage > 0
+    if not wants_judged or run.health.codebook_window_tokens >= run.vqvae.codebook_size:
+        return []
+    text = (
+        f"{at(names[0])} must be at least {at(names[1])}, or some codes would be unused in every "
+        f"window; set it to {4 * run.vqvae.codebook_size} or so."
+    )
+    return [problem(text, *names)]

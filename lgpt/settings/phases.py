@@ -10,6 +10,7 @@ from pydantic import Field
 from lgpt.settings.blocks import BlockSettings
 from lgpt.settings.data import DataSettings
 from lgpt.settings.discriminator import DiscriminatorSettings
+from lgpt.settings.health import HealthSettings
 from lgpt.settings.section import FolderOrFile, NameOrPath, Section, Seed
 from lgpt.settings.text import TextSettings
 from lgpt.settings.training import (
@@ -106,6 +107,7 @@ class Phase2(_PhaseBase):
     loss: VqvaeLossSettings = VqvaeLossSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     metrics: MetricSettings = MetricSettings()
+    health: HealthSettings = HealthSettings()
 
 
 class Phase3(_TransformerPhase):

@@ -144,11 +144,18 @@ class Adversary:
             total = loss + self.settings.lecam_weight * penalty
         self.engine.backward(total)
         self.engine.step()
-        return {
-            "discriminator_loss": total.detach(),
-            "logits_real": real.detach().mean(),
-            "logits_fake": fake.detach().mean(),
-        }
+        return {"discriminator_loss": total.detach(), **_opinion(real, fake)}
+
+    @torch.no_grad()
+    def rest(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """A micro step in which it learns nothing and is only asked; returns scalars for the log.
+
+        Args:
+            images: Real pictures in [-1, 1], in the engine's type.
+            reconstruction: Of the same pictures.
+        """
+        both = torch.cat([images, reconstruction.to(images.dtype)])
+        return _opinion(*self.engine.module(both).float().chunk(2))
 
     def trial(self, images: Tensor, reconstruction: Tensor) -> None:
         """Forward and backward as large as `learn`'s, to the pictures alone; changes nothing."""
@@ -167,6 +174,16 @@ class Adversary:
         means = sum_over_ranks(torch.stack([real.mean(), fake.mean()])) / world_size()
         average_real.lerp_(means[0].to(average_real.dtype), 1 - _LECAM_DECAY)
         average_fake.lerp_(means[1].to(average_fake.dtype), 1 - _LECAM_DECAY)
+
+
+def _opinion(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """What logits say of how well the discriminator tells the two, without any regulariser."""
+    real, fake = real.detach(), fake.detach()
+    return {
+        "hinge_loss": hinge_discriminator_loss(real, fake),
+        "logits_real": real.mean(),
+        "logits_fake": fake.mean(),
+    }
 
 
 @contextmanager

@@ -204,14 +204,15 @@ class _Loop:
 
     def _diverged(self, what: str) -> NoReturn:
         """Set the checkpoints aside whose weights led here, and raise on all ranks."""
+        self._record({"health_not_finite_loss": 1.0})
         place = self._set_aside_unproven() if is_rank_zero() else ""
         self.close("FAILED")
         # All ranks wait for rank 0: the launcher ends all as soon as one exits with a code.
         place = broadcast_from_rank_zero(place)
         raise DivergedError(
-            f"{what}. Lower optimizer.learning_rate (now {self.run.optimizer.learning_rate}) or "
-            f"raise schedule.warmup_steps (now {self.run.schedule.warmup_steps}), then run the "
-            f"same command again. {place}"
+            f"not_finite_loss: {what}. Lower optimizer.learning_rate (now "
+            f"{self.run.optimizer.learning_rate}) or raise schedule.warmup_steps (now "
+            f"{self.run.schedule.warmup_steps}), then run the same command again. {place}"
         )
 
     def _set_aside_unproven(self) -> str:
@@ -298,7 +299,7 @@ class _Loop:
             self.task.engines(),
             run.run_folder,
             step,
-            trainer_state=asdict(self.progress),
+            trainer_state={**asdict(self.progress), "task": self.task.state()},
             keep=Keep(
                 run.checkpoint.keep_last, run.checkpoint.keep_every, run.checkpoint.keep_best
             ),

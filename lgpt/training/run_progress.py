@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        task: What the phase's task keeps besides, as `TrainingTask.state` gave it at the save.
+    """
 
     step: int = 0
     elapsed_seconds: float = 0.0
@@ -18,6 +22,7 @@ class Progress:
     best_validation_loss: Optional[float] = None
     best_validation_step: int = 0
     validations_without_gain: int = 0
+    task: dict[str, Any] = field(default_factory=dict)
 
     def note_validation(self, loss: float) -> None:
         """Of the current step; a loss that is not finite is no gain."""

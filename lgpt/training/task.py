@@ -37,6 +37,15 @@ class TrainingTask(Protocol):
     def engines(self) -> dict[str, Any]:
         """Every engine by the name of its folder in a checkpoint; "model" is the exported one."""
 
+    def state(self) -> dict[str, Any]:
+        """JSON values that later steps depend on, beside engines and generators.
+
+        The same on every rank; every checkpoint holds them.
+        """
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Be where `state` was taken; empty when the checkpoint is of a version without."""
+
     def train_step(self, step: int) -> Mapping[str, float]:
         """One optimizer step on the global batch number `step`; this rank's mean metrics."""
 

@@ -103,6 +103,8 @@ def _train_from(
         refuse_what_does_not_fit(task.trial_batch, run.batch, device)
     seed_everything(run.seed, rank())
     progress = Progress() if resume is None else Progress(**load_resume(resume, task))
+    if progress.task:
+        task.load_state(progress.task)
     _write_run_folder(run, ds_config, task)
     tracker = _start_tracking(run, task, progress) if is_rank_zero() else None
     try:

@@ -137,6 +137,13 @@ class TransformerTask:
         """The model's engine."""
         return {"model": self.engine}
 
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
     def train_step(self, step: int) -> Mapping[str, float]:
         """One optimizer step; cross-entropy in nats a token."""
         self.engine.train()

@@ -15,7 +15,8 @@ from lgpt.data.image_batches import ImageBatches
 from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.build import build_engine, parameter_dtype
-from lgpt.engine.ranks import sum_over_ranks
+from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
+from lgpt.engine.rows import set_rows
 from lgpt.evaluation.code_histogram import usage_histogram
 from lgpt.evaluation.picture_metrics import code_perplexity, code_usage
 from lgpt.models.perceptual import Lpips, load_lpips
@@ -24,6 +25,7 @@ from lgpt.sampling.picture_grid import picture_grid
 from lgpt.settings.phases import Phase2
 from lgpt.training.components import open_split, transform_of
 from lgpt.training.gan import Adversary
+from lgpt.training.health_monitor import HealthMonitor
 from lgpt.training.losses import reconstruction_loss
 from lgpt.training.places import crops_of, micro_batches_of
 from lgpt.training.vqvae_validation import VqvaeValidation
@@ -66,6 +68,7 @@ class VqvaeTask:
         if run.loss.adversarial != "none":
             self.adversary = Adversary(run.discriminator, self.model)
             self.finite_losses += Adversary.finite_losses
+        self.health = HealthMonitor(run)
 
     def _images(self, split: str) -> ImageBatches:
         data = self.run.data
@@ -109,10 +112,18 @@ class VqvaeTask:
             return {"model": self.engine}
         return {"model": self.engine, "discriminator": self.adversary.engine}
 
+    def state(self) -> dict[str, Any]:
+        """What the health monitor has seen."""
+        return self.health.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on watching from there."""
+        self.health.load_state(state)
+
     def train_step(self, step: int) -> Mapping[str, float]:
         """One optimizer step of each player on the same pictures."""
         self.engine.train()
-        self.model.quantize.begin_step()
+        self.model.quantize.begin_step(notes_latents=self.health.restart_is_due)
         run, batch = self.run, self.run.batch
         parts: list[dict[str, torch.Tensor]] = []
         counts = torch.zeros(run.vqvae.codebook_size, dtype=torch.int64, device=self.device)
@@ -127,16 +138,48 @@ class VqvaeTask:
             output = self.engine(images)
             parts.append(self._micro_step(images, output, step))
             counts += torch.bincount(output.tokens.flatten(), minlength=len(counts))
-        revived = self.model.quantize.finish_step(seed=run.seed, step=step)
-        sum_over_ranks(counts)
+        counts = sum_over_ranks(counts).cpu()
+        self.health.take_codes(step, counts.numpy())
         metrics = _means(parts)
-        if self.adversary is not None and self.adversary.learns_at(step):
+        if self._discriminator_learns(step):
             metrics["discriminator_gradient_norm"] = self.adversary.gradient_norm()
+        revived, restarted = self._move_codes(step)
         if run.vqvae.codebook_update == "ema" and run.vqvae.revive_dead_codes:
             metrics["revived_codes"] = float(revived)
-        metrics["codebook_usage"] = code_usage(counts.cpu())
-        metrics["perplexity"] = code_perplexity(counts.cpu())
-        return metrics
+        if restarted:
+            metrics["restarted_codes"] = float(restarted)
+        metrics["codebook_usage"] = code_usage(counts)
+        metrics["perplexity"] = code_perplexity(counts)
+        self.health.judge(step, self._hinge_loss_over_ranks(step, metrics))
+        return {**metrics, **self.health.metrics()}
+
+    def _move_codes(self, step: int) -> tuple[int, int]:
+        """Moving averages, then what the health monitor asks for; codes revived and restarted."""
+        quantize, seed = self.model.quantize, self.run.seed
+        unused, rows = None, None
+        if self.health.restart_is_due:
+            unused = torch.from_numpy(self.health.unused_codes(step)).to(self.device)
+            rows = quantize.drawn_latents(len(unused), seed=seed, step=step)
+        revived = quantize.finish_step(seed=seed, step=step)
+        # A latent that is not finite comes from a loss that is not: the loop ends, or goes on.
+        if unused is None or rows is None or not bool(torch.isfinite(rows).all()):
+            return revived, 0
+        if quantize.uses_moving_averages:
+            quantize.place(unused, rows)
+        else:
+            set_rows(self.engine, quantize.embedding.weight, unused, rows)
+        self.health.restarted(step, len(unused))
+        return revived, len(unused)
+
+    def _discriminator_learns(self, step: int) -> bool:
+        learns = self.adversary is not None and self.adversary.learns_at(step)
+        return learns and not self.health.discriminator_rests
+
+    def _hinge_loss_over_ranks(self, step: int, metrics: Mapping[str, float]) -> Optional[float]:
+        if self.adversary is None or not self.adversary.counts_at(step):
+            return None
+        mine = {"hinge_loss": metrics["hinge_loss"]}
+        return mean_over_ranks(mine, self.device)["hinge_loss"]
 
     def _micro_step(
         self, images: torch.Tensor, output: VQVAEOutput, step: int
@@ -147,7 +190,10 @@ class VqvaeTask:
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
         self.engine.step()
         if self.adversary is not None and self.adversary.learns_at(step):
-            parts.update(self.adversary.learn(images, seen.detach(), learning_rate))
+            if self._discriminator_learns(step):
+                parts.update(self.adversary.learn(images, seen.detach(), learning_rate))
+            else:
+                parts.update(self.adversary.rest(images, seen.detach()))
         return {name: part.detach().float() for name, part in parts.items()}
 
     def _vqvae_loss(

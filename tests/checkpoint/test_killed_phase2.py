@@ -17,7 +17,7 @@ STEPS = 12
 CHANGES = {
     "vqvae": {
         "codebook_size": 64,
-        "ema_decay": 0.8,
+        "ema_decay": 0.5,
     },
     "loss": {"adversarial": "hinge"},
     "discriminator": {
@@ -27,6 +27,13 @@ CHANGES = {
         "channels": 16,
         "adaptive_weight": True,
         "lecam_weight": 0.05,
+    },
+    # The first window is full with the step of the save, and its codes restart in the next one.
+    "health": {
+        "codebook_window_tokens": 3 * 8 * 16,
+        "least_codebook_usage": 1.0,
+        "discriminator_window_steps": 3,
+        "least_discriminator_loss": 0.49,
     },
     "training": {"max_steps": STEPS, "validate_every": 3},
     "checkpoint": {"every_steps": 5},
@@ -52,6 +59,8 @@ def test_a_killed_run_of_both_players_goes_on_bit_for_bit(ranks, folder, world):
     steps = steps_of(ends[0])
     assert steps_of(ends[1]) == steps
     assert sum(line.get("revived_codes", 0.0) for line in steps) > 0
+    restarted = [line["step"] for line in steps if "restarted_codes" in line]
+    assert 6 in restarted, "due at the save, done by the run that went on"
     assert steps[-1]["step"] == STEPS
     for player in ("model", "discriminator"):
         weights = [merged_weights(end / "checkpoints" / f"step_{STEPS}" / player) for end in ends]

@@ -206,6 +206,49 @@ def test_restarted_codes_are_counted() -> None:
     assert quantizer.embedding.weight.abs().max() < 10
 
 
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_latents_are_drawn_from_those_of_the_step_and_differently_each_step(update: str) -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 2, update=update)
+    z = torch.randn(2, 2, 4, 4)
+    quantizer(torch.randn(2, 2, 4, 4))
+    quantizer.begin_step(notes_latents=True)
+    quantizer(z)
+    drawn = [quantizer.drawn_latents(5, seed=3, step=step) for step in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    there = {tuple(row) for row in z.permute(0, 2, 3, 1).reshape(-1, 2).tolist()}
+    rows = {tuple(row) for row in drawn[0].tolist()}
+    assert len(rows) == 5
+    assert rows <= there
+
+
+def test_a_step_notes_latents_of_learned_codes_only_when_it_is_told() -> None:
+    quantizer = VectorQuantizer(8, 2, update="gradient")
+    for notes in (True, False):
+        quantizer.begin_step(notes_latents=notes)
+        quantizer(torch.randn(2, 2, 4, 4))
+        assert len(quantizer._seen) == int(notes)
+        assert quantizer.finish_step(seed=0, step=0) == 0
+        assert not quantizer._seen
+
+
+def test_a_placed_code_stays_near_its_latent_in_the_next_average() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(4, 2, update="ema", revive_dead_codes=False)
+    for _ in range(3):
+        _train_on(quantizer, torch.randn(4, 2, 4, 4))
+    place = torch.tensor([[30.0, 40.0]])
+    quantizer.place(torch.tensor([2]), place)
+    assert torch.equal(quantizer.embedding.weight[2:3], place)
+    _train_on(quantizer, torch.randn(4, 2, 4, 4))  # nobody takes it there
+    torch.testing.assert_close(quantizer.embedding.weight[2:3], place)
+    _train_on(quantizer, place.view(1, 2, 1, 1).expand(4, 2, 4, 4) + 1.0)
+    moved = quantizer.embedding.weight[2] - place[0]
+    # 64 latents against a fair share of about 16, of which a hundredth comes in.
+    assert torch.all((moved > 0.01) & (moved < 0.1)), moved
+
+
 def _reference_entropy_loss(affinity: Tensor, temperature: float, eps: float = 1e-5) -> Tensor:
     """MAGVIT's `entropy_loss`, line by line."""
     flat_affinity = affinity.reshape(-1, affinity.shape[-1]) / temperature

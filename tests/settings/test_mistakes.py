@@ -324,6 +324,18 @@ def test_a_discriminator_that_cannot_work_is_refused(overrides, text, tmp_path):
     assert re.search(text, problem), problem
 
 
+def test_a_window_that_cannot_use_all_codes_is_refused(tmp_path):
+    (problem,) = problems_of(VQVAE, tmp_path, "health.codebook_window_tokens=9999")
+    wanted = r"window_tokens = 9999 .*at least vqvae.codebook_size = 16384 .*set it to 65536"
+    assert re.search(wanted, problem), problem
+
+
+def test_health_is_of_phase_2_alone(tmp_path):
+    (problem,) = problems_of(TRANSFORMER, tmp_path, "health.respond=false")
+    assert "health" in problem
+    assert "phase 2" in problem
+
+
 def test_pictures_too_small_for_lpips_are_refused(tmp_path):
     small = ["data.resolution=8", "vqvae.resolution=8", "vqvae.ch_mult=[1]"]
     small += ["vqvae.attn_resolutions=[]", "loss.perceptual=lpips"]

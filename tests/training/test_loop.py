@@ -59,6 +59,12 @@ class CountingTask:
     def engines(self) -> dict[str, Any]:
         return {"model": self.engine}
 
+    def state(self) -> dict[str, Any]:
+        return {"asked": len(self.asked)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        raise AssertionError("the loop loads nothing")
+
     def train_step(self, step: int) -> Mapping[str, float]:
         self._step = step + 1
         self.asked.append(f"train {self._step}")
@@ -112,6 +118,15 @@ def go(
 
 def tracker_of(run: RunSettings) -> RunTracker:
     return RunTracker(run.run_folder, MetricsFile(run.run_folder), None)
+
+
+def test_a_checkpoint_holds_what_later_steps_of_the_task_depend_on(tmp_path, task):
+    run = settings(tmp_path, 4)
+    go(run, task)
+    state = json.loads(
+        (run.run_folder / "checkpoints" / "step_4" / "trainer_state.json").read_text()
+    )
+    assert Progress(**state).task == {"asked": task.asked.index("save")}
 
 
 def test_a_checkpoint_holds_the_configs_that_the_start_was_given(tmp_path, task):
