@@ -66,12 +66,16 @@ class UsageWatch:
         """After `take` and `restarted` of the same step; tells a change."""
         if step - self._judged_from + 1 < self.window_steps:
             return None
-        usage = 1.0 - len(self.unused(step)) / len(self._last_used)
+        usage = self.usage(step)
         was_collapsed, self.is_collapsed = self.is_collapsed, usage < self.least_usage
         self.is_restart_due = self.is_collapsed
         if was_collapsed == self.is_collapsed:
             return None
         return Event(CODEBOOK_COLLAPSE, self.is_collapsed, usage)
+
+    def usage(self, step: int) -> float:
+        """Share of the codes that the `window_steps` steps up to this one took, 0 to 1."""
+        return 1.0 - len(self.unused(step)) / len(self._last_used)
 
     def unused(self, step: int) -> Int[np.ndarray, " unused"]:
         """The codes that none of the `window_steps` steps up to this one took."""

@@ -90,10 +90,12 @@ class HealthMonitor:
         if self._discriminator is not None and hinge_loss is not None:
             self._tell(step, self._discriminator.judge(hinge_loss))
 
-    def metrics(self) -> dict[str, float]:
-        """For each warning 1.0 while its episode lasts, else 0.0."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """For each warning 1.0 while its episode lasts, else 0.0; and the use of a whole window."""
         lasts = {}
         if self._usage is not None:
+            if step + 1 >= self._usage.window_steps:
+                lasts["window_usage"] = self._usage.usage(step)
             lasts[f"health_{CODEBOOK_COLLAPSE}"] = float(self._usage.is_collapsed)
         if self._discriminator is not None:
             lasts[f"health_{DISCRIMINATOR_WINS}"] = float(self._discriminator.is_winning)

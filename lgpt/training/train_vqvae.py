@@ -151,7 +151,7 @@ class VqvaeTask:
         metrics["codebook_usage"] = code_usage(counts)
         metrics["perplexity"] = code_perplexity(counts)
         self.health.judge(step, self._hinge_loss_over_ranks(step, metrics))
-        return {**metrics, **self.health.metrics()}
+        return {**metrics, **self.health.metrics(step)}
 
     def _move_codes(self, step: int) -> tuple[int, int]:
         """Moving averages, then what the health monitor asks for; codes revived and restarted."""

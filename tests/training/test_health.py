@@ -36,6 +36,7 @@ def test_usage_is_that_of_the_last_window_by_counting_it_again():
             continue
         window = steps[step - 3 : step + 1]
         usage = len(set(np.concatenate(window).tolist())) / 8
+        assert watch.usage(step) == pytest.approx(usage)
         expected = (
             Event("codebook_collapse", usage < 0.5, usage) if is_low != (usage < 0.5) else None
         )
@@ -129,7 +130,9 @@ def test_each_episode_is_warned_of_once_with_its_numbers_and_what_to_do(tmp_path
             assert len(monitor.unused_codes(step)) == 31
             monitor.restarted(step, 31)
         monitor.judge(step, 0.05 if step >= 3 else None)
-        assert monitor.metrics() == {
+        window = {} if step == 0 else {"window_usage": pytest.approx(1 / 32)}
+        assert monitor.metrics(step) == {
+            **window,
             "health_codebook_collapse": float(step >= 3),
             "health_discriminator_wins": float(step >= 4),
         }
@@ -146,7 +149,9 @@ def test_each_episode_is_warned_of_once_with_its_numbers_and_what_to_do(tmp_path
 
     monitor.take_codes(12, np.ones(32, dtype=int))
     monitor.judge(12, 0.2)
-    assert set(monitor.metrics().values()) == {0.0}
+    told = monitor.metrics(12)
+    assert told.pop("window_usage") == 1.0
+    assert set(told.values()) == {0.0}
     assert "codebook_collapse is over at step 13: usage 100.0%" in caplog.text
     assert "discriminator_wins is over at step 13: hinge loss 0.200" in caplog.text
 
@@ -157,6 +162,6 @@ def test_what_nobody_learns_is_not_watched(tmp_path):
     monitor = HealthMonitor(load_run_settings(tiny.write(tmp_path / "run.yaml", run), environ={}))
     monitor.take_codes(0, np.zeros(32, dtype=int))
     monitor.judge(0, None)
-    assert monitor.metrics() == monitor.state() == {}
+    assert monitor.metrics(0) == monitor.state() == {}
     assert not monitor.restart_is_due
     assert not monitor.discriminator_rests
