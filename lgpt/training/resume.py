@@ -148,7 +148,13 @@ def _choice(run: RunSettings, saved: RunSettings, folder: Path) -> Choice:
         )
     print(table_of(differing), file=sys.stderr, flush=True)
     while True:
-        answer = input("Go on with the numbers of the config or of the checkpoint? ").strip()
+        try:
+            answer = input("Go on with the numbers of the config or of the checkpoint? ").strip()
+        except EOFError:
+            raise SettingsError(
+                "checkpoint.resume is ask, and the terminal was closed without an answer: give "
+                "checkpoint.resume=config or checkpoint.resume=checkpoint."
+            ) from None
         if answer in ("config", "checkpoint"):
             return "config" if answer == "config" else "checkpoint"
 
