@@ -16,6 +16,7 @@ from lgpt.engine.start import afford_bf16
 from lgpt.models.latent_gpt import LatentGPT
 
 FILE_NAME = "logits.safetensors"
+LOGITS_OF_AVERAGE_FILE = "logits_of_average.safetensors"
 # Of the largest logit: bf16 on another device differs by a percent or two, a lost matrix by all.
 _ALLOWED_SHARE = 0.05
 

@@ -50,6 +50,8 @@ def settings_rows(run: RunSettings, saved: RunSettings, effective: RunSettings) 
             rows.append(Row(f"{section}.{name}", *values))
     steps = run.training.max_steps
     rows.append(Row("training.max_steps", steps, saved.training.max_steps, steps))
+    decay = run.training.ema_decay
+    rows.append(Row("training.ema_decay", decay, saved.training.ema_decay, decay))
     for section in _READ_ONLY:
         ours, theirs = (_flat(section, getattr(each, section)) for each in (run, saved))
         for name in {**ours, **theirs}:

@@ -1,7 +1,8 @@
 """Crash-consistent checkpoints around DeepSpeed's own save.
 
     <run>/checkpoints/step_<n>/     complete, or not there
-        <engine>/                   DeepSpeed's files of one engine (its tag)
+        <engine>/                   DeepSpeed's files of one engine (its tag), and beside them the
+                                    moving average of its weights (average_files.py)
         rng/rank_<r>.pt             generators of every rank (tensors only)
         trainer_state.json          the loop's own state
         config.yaml, ...            the run config and its companions
@@ -30,6 +31,7 @@ from typing import Any, Optional, Union
 
 import torch
 
+from lgpt.checkpoint.average_files import average_file, read_average, write_average
 from lgpt.checkpoint.checks import record_check
 from lgpt.checkpoint.folders import problems_known_of, step_folders
 from lgpt.checkpoint.manifest import (
@@ -52,6 +54,7 @@ from lgpt.core.files import (
     write_text_atomically,
 )
 from lgpt.core.logging import get_logger
+from lgpt.engine.average import WeightAverage
 from lgpt.engine.ranks import broadcast_from_rank_zero, gather_to_rank_zero
 
 _TRAINER_STATE = "trainer_state.json"
@@ -68,6 +71,7 @@ def save_checkpoint(
     keep: Keep,
     extra_files: Mapping[str, Union[str, bytes]],
     facts: Optional[Mapping[str, Any]] = None,
+    averages: Optional[Mapping[str, WeightAverage]] = None,
 ) -> Path:
     """Save all engines and every rank's generators. All ranks call it.
 
@@ -78,6 +82,7 @@ def save_checkpoint(
         keep: Which checkpoints stay, this one included.
         extra_files: Files to keep with it, by name.
         facts: JSON values for the manifest (manifest.py); those of rank 0 count.
+        averages: Moving averages of weights, by the name of the engine.
 
     Returns:
         The checkpoint's folder.
@@ -88,7 +93,7 @@ def save_checkpoint(
     checkpoints = run_folder / "checkpoints"
     staging, final = checkpoints / f".staging_step_{step}", checkpoints / f"step_{step}"
     try:
-        _stage(engines, staging, trainer_state, extra_files)
+        _stage(engines, staging, trainer_state, extra_files, averages or {})
         _complete(engines, staging, final, step, facts or {})
     except CheckpointError as error:
         # torch's writer says "unexpected pos" where a disk is full.
@@ -148,11 +153,17 @@ def _problems_over_ranks(folder: Path) -> list[str]:
     return found
 
 
-def load_checkpoint(engines: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def load_checkpoint(
+    engines: Mapping[str, Any],
+    folder: Path,
+    averages: Optional[Mapping[str, WeightAverage]] = None,
+) -> dict[str, Any]:
     """Put engines and this rank's generators where they were at the save. All ranks call it.
 
     Args:
         folder: As `find_whole_checkpoint` gave it: its content was compared with its digests.
+        averages: Moving averages by the name of the engine; where the checkpoint has none, they
+            start from its weights, which is told.
 
     Returns:
         The `trainer_state` of the save.
@@ -168,6 +179,7 @@ def load_checkpoint(engines: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     _refuse_other_shape(engines, manifest, folder)
     for name, engine in engines.items():
         _load_engine(engine, folder, name)
+        _load_average((averages or {}).get(name), manifest, folder, name)
     restore_rng_state(torch.load(_rng_file(folder), weights_only=True))
     state: dict[str, Any] = json.loads((folder / _TRAINER_STATE).read_text())
     return state
@@ -178,6 +190,7 @@ def _stage(
     staging: Path,
     trainer_state: Mapping[str, Any],
     extra_files: Mapping[str, Union[str, bytes]],
+    averages: Mapping[str, WeightAverage],
 ) -> None:
     """Write everything but the manifest into the staging folder."""
 
@@ -197,6 +210,9 @@ def _stage(
     for name, engine in engines.items():
         save = partial(_save_engine, engine, staging, name)
         _on_all_ranks(save, f"write {staging}")
+    for name, average in averages.items():
+        write = partial(write_average, average.state(), staging / name, rank())
+        _on_all_ranks(write, f"write {staging}")
 
 
 def _complete(
@@ -258,6 +274,36 @@ def _load_engine(engine: Any, folder: Path, name: str) -> None:
         ) from error
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder / name}.")
+
+
+def _load_average(
+    average: Optional[WeightAverage], manifest: Manifest, folder: Path, name: str
+) -> None:
+    # As the manifest says: a network file system may show ranks different things.
+    was_saved = average_file(Path(name), 0).as_posix() in manifest.files
+    if average is None:
+        if was_saved and is_rank_zero():
+            _log.warning(
+                "%s holds a moving average of the weights, and this run keeps none "
+                "(training.ema_decay: 0): it ends here.",
+                folder / name,
+            )
+        return
+    if not was_saved:
+        average.restart()
+        if is_rank_zero():
+            _log.warning(
+                "%s was saved without a moving average of the weights (training.ema_decay): it "
+                "starts from the weights of step %d.",
+                folder / name,
+                manifest.step,
+            )
+        return
+    saved = read_average(folder / name, rank())
+    try:
+        average.load(saved.vectors, saved.updates)
+    except ValueError as error:
+        raise CheckpointError(f"{average_file(folder / name, rank())}: {error}.") from error
 
 
 def _describe(engines: Mapping[str, Any]) -> dict[str, EngineRecord]:

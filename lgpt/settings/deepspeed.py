@@ -128,7 +128,7 @@ def _resolve(
             report(path, f'contradicts {decided.origin}; write "auto".', decided.owners)
     for path, rest in _precision_combinations(config, run, stage):
         report(path, rest, [_PRECISION])
-    for path, rest in _offload_combinations(config, stage):
+    for path, rest in _offload_combinations(config, stage, run.training.ema_decay > 0):
         report(path, rest)
     if not problems:
         _fill(config, {path: decided.value for path, decided in owned.items()}, defaults)
@@ -247,7 +247,7 @@ def _precision_combinations(
 
 
 def _offload_combinations(
-    config: Mapping[str, Any], stage: Optional[int]
+    config: Mapping[str, Any], stage: Optional[int], averages_weights: bool
 ) -> list[tuple[KeyPath, str]]:
     found: list[tuple[KeyPath, str]] = []
     uses_nvme = False
@@ -262,6 +262,9 @@ def _offload_combinations(
             found.append(((*path, "device"), "needs nvme_path beside it."))
         if device == "nvme" and stage != 3:
             found.append(((*path, "device"), "works at ZeRO stage 3 only; use cpu."))
+        if device == "nvme" and averages_weights:
+            text = "keeps weights where no moving average follows them; use cpu, or set "
+            found.append(((*path, "device"), f"{text}training.ema_decay to 0."))
         for name in offload:
             if name in _NVME_ONLY and device != "nvme":
                 text = f"has no effect with device: {device}, only with nvme; remove it."

@@ -141,6 +141,8 @@ def logged_parameters(run: RunSettings) -> dict[str, object]:
         "conditioning": tags["conditioning"],
         "vqvae_source": tags["vqvae_source"],
     }
+    if run.training.ema_decay > 0:
+        parameters["ema_decay"] = run.training.ema_decay
     if isinstance(run, Phase2):
         return {
             **parameters,

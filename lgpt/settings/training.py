@@ -49,6 +49,13 @@ class TrainingSettings(Section):
         "rate decays towards whichever comes first, so the end depends on the machine's speed",
     )
     precision: Literal["bf16", "fp32"] = "bf16"
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="keep a moving average of the weights, of which a step leaves so much (less at "
+        "first); validation and picture grids use it; 0 = off",
+    )
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=0)
     validation_images: int = Field(512, ge=1)

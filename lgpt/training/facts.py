@@ -6,7 +6,11 @@ from functools import lru_cache
 from typing import Any, Optional
 
 from lgpt import __version__
+from lgpt.checkpoint.logits_check import FILE_NAME as LOGITS_FILE
+from lgpt.checkpoint.logits_check import LOGITS_OF_AVERAGE_FILE, pack_logits
 from lgpt.checkpoint.model_card import source_commit
+from lgpt.core.distributed import is_rank_zero
+from lgpt.engine.average import WeightAverage
 from lgpt.engine.build import hyperparameters
 from lgpt.settings.phases import RunSettings
 from lgpt.training.task import TrainingTask
@@ -35,6 +39,20 @@ def checkpoint_facts(run: RunSettings, task: TrainingTask, step: int) -> dict[st
         "content": task.content(),
         "code": code_version(),
     }
+
+
+def checkpoint_logits(task: TrainingTask, average: Optional[WeightAverage]) -> dict[str, bytes]:
+    """Files that a conversion can be checked by, the average's too; empty on ranks but the first.
+
+    All ranks call it.
+    """
+    probes = {LOGITS_FILE: task.probe()}
+    if probes[LOGITS_FILE] and average is not None:
+        with average.in_use():
+            probes[LOGITS_OF_AVERAGE_FILE] = task.probe()
+    if not is_rank_zero():
+        return {}
+    return {name: pack_logits(probe) for name, probe in probes.items() if probe}
 
 
 def code_version() -> dict[str, Optional[str]]:

@@ -15,19 +15,18 @@ import torch
 from tqdm import tqdm
 
 from lgpt.checkpoint.folders import newest_checkpoint, set_aside_after
-from lgpt.checkpoint.logits_check import FILE_NAME as LOGITS_FILE
-from lgpt.checkpoint.logits_check import pack_logits
 from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.store import save_checkpoint
 from lgpt.core.distributed import barrier, is_rank_zero
 from lgpt.core.errors import CheckpointError, DivergedError, StoppedEarly
 from lgpt.core.logging import get_logger
+from lgpt.engine.average import WeightAverage, averaged_weights
 from lgpt.engine.build import gradient_norm, set_learning_rate
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.ranks import broadcast_from_rank_zero, max_over_ranks, mean_over_ranks
 from lgpt.settings.phases import RunSettings
 from lgpt.tracking.run_tracker import RunTracker
-from lgpt.training.facts import checkpoint_facts
+from lgpt.training.facts import checkpoint_facts, checkpoint_logits
 from lgpt.training.run_progress import Progress
 from lgpt.training.schedule import learning_rate_at
 from lgpt.training.stop_signals import StopSignals
@@ -51,11 +50,13 @@ def run_training(
     tracker: Optional[RunTracker],
     progress: Progress,
     device: torch.device,
+    average: Optional[WeightAverage] = None,
 ) -> None:
     """Train to `training.max_steps` or `training.max_minutes` and save the last checkpoint.
 
     Args:
         tracker: On rank 0; None elsewhere.
+        average: Of the model's weights (training.ema_decay): validation and pictures use it.
 
     Raises:
         StoppedEarly: A signal came; a checkpoint was saved (exit code 75).
@@ -63,7 +64,7 @@ def run_training(
             gave it are set aside.
     """
     with StopSignals() as signals:
-        loop = _Loop(run, task, tracker, progress, device)
+        loop = _Loop(run, task, tracker, progress, device, average)
         while not loop.is_finished():
             stopped_by = loop.one_step(signals)
             if stopped_by is not None and not loop.is_finished():
@@ -86,9 +87,10 @@ class _Loop:
         tracker: Optional[RunTracker],
         progress: Progress,
         device: torch.device,
+        average: Optional[WeightAverage],
     ) -> None:
         self.run, self.task, self.tracker = run, task, tracker
-        self.progress, self.device = progress, device
+        self.progress, self.device, self.average = progress, device, average
         self.window: list[Mapping[str, float]] = []
         # Training alone: validation, pictures and saves are not in it.
         self.window_started_after_seconds = progress.elapsed_seconds
@@ -137,6 +139,8 @@ class _Loop:
         set_learning_rate(self.task.engine, learning_rate)
         metrics = dict(self.task.train_step(self.progress.step))
         metrics["gradient_norm"] = gradient_norm(self.task.engine)
+        if self.average is not None:
+            self.average.update()
         self.progress.elapsed_seconds += time.monotonic() - started_at
         agreed = max_over_ranks(
             {
@@ -255,11 +259,13 @@ class _Loop:
             _log.info("step %d/%d  %s", self.progress.step, self.bar.total, _readable(metrics))
 
     def _validate(self, is_last: bool) -> None:
-        metrics = {f"val_{key}": value for key, value in self.task.validate().items()}
+        with averaged_weights(self.average):
+            metrics = {f"val_{key}": value for key, value in self.task.validate().items()}
         self.progress.validation, self.progress.validated_step = metrics, self.progress.step
         self._record(metrics)
         with self.bar.external_write_mode(file=sys.stderr):
-            _log.info("step %d  validation  %s", self.progress.step, _readable(metrics))
+            what = "validation" if self.average is None else "validation of the averaged weights"
+            _log.info("step %d  %s  %s", self.progress.step, what, _readable(metrics))
         name = f"val_{self.task.main_loss}"
         self.progress.note_validation(metrics[name])
         if self._gains_nothing():
@@ -277,7 +283,8 @@ class _Loop:
             self._diverged(f"{name} is not finite after the last step, {self.progress.step}")
 
     def _draw(self) -> None:
-        pictures = self.task.draw(self.progress.step)
+        with averaged_weights(self.average):
+            pictures = self.task.draw(self.progress.step)
         if self.tracker is None:
             return
         folder = self.run.run_folder / "samples"
@@ -303,8 +310,9 @@ class _Loop:
             keep=Keep(
                 run.checkpoint.keep_last, run.checkpoint.keep_every, run.checkpoint.keep_best
             ),
-            extra_files={**self.companions, **self._logits()},
+            extra_files={**self.companions, **checkpoint_logits(self.task, self.average)},
             facts=self._facts() if is_rank_zero() else {},
+            averages={} if self.average is None else {"model": self.average},
         )
         self.saved_step = step
 
@@ -329,13 +337,10 @@ class _Loop:
         facts = checkpoint_facts(self.run, self.task, progress.step)
         facts["mlflow_run_id"] = None if self.tracker is None else self.tracker.mlflow_run_id
         if progress.validated_step == progress.step:
-            facts["validation"] = {"name": name, "loss": progress.validation[name]}
+            weights = "last" if self.average is None else "average"
+            loss = progress.validation[name]
+            facts["validation"] = {"name": name, "loss": loss, "weights": weights}
         return facts
-
-    def _logits(self) -> dict[str, bytes]:
-        """What a conversion can be checked by; all ranks call it."""
-        probe = self.task.probe()
-        return {LOGITS_FILE: pack_logits(probe)} if probe and is_rank_zero() else {}
 
     def _record(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None:

@@ -22,6 +22,7 @@ from lgpt.checkpoint.store import load_checkpoint
 from lgpt.core.distributed import is_rank_zero, world_size
 from lgpt.core.errors import CheckpointError, LgptError, SettingsError
 from lgpt.core.logging import get_logger
+from lgpt.engine.average import WeightAverage
 from lgpt.engine.build import hyperparameters, set_hyperparameters
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.settings.phases import Phase2, RunSettings
@@ -71,11 +72,16 @@ def decide_resume(run: RunSettings, folder: Path) -> Resume:
     return answer
 
 
-def load_resume(resume: Resume, task: TrainingTask) -> dict[str, Any]:
+def load_resume(
+    resume: Resume, task: TrainingTask, average: Optional[WeightAverage] = None
+) -> dict[str, Any]:
     """Tell the resume diff, load, and make the effective column true. All ranks call it.
 
     DeepSpeed imposes what it saved (0.19.8: ZeRO-1 and 2 weight decay, betas and clipping, ZeRO-3
     the first two), so what the engines were built with is put back after loading.
+
+    Args:
+        average: Of the model's weights, where the run keeps one.
 
     Returns:
         The loop's own state of the save.
@@ -94,7 +100,8 @@ def load_resume(resume: Resume, task: TrainingTask) -> dict[str, Any]:
         table_of(rows),
     )
     _refuse_or_tell_other_content(resume, rows)
-    state = load_checkpoint(engines, resume.folder)
+    averages = {} if average is None else {"model": average}
+    state = load_checkpoint(engines, resume.folder, averages)
     for name, engine in engines.items():
         set_hyperparameters(engine, built[name])
         assert hyperparameters(engine) == built[name], f"{name} keeps the checkpoint's numbers"

@@ -16,6 +16,7 @@ from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, 
 from lgpt.core.errors import OutOfMemoryError, RankLostError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically
 from lgpt.core.logging import get_logger
+from lgpt.engine.average import WeightAverage
 from lgpt.engine.build import set_masters
 from lgpt.engine.ranks import broadcast_from_rank_zero, is_lost_rank
 from lgpt.engine.start import afford_bf16, start_process_group
@@ -102,13 +103,15 @@ def _train_from(
     if isinstance(task, VqvaeTask) and device.type == "cuda":
         refuse_what_does_not_fit(task.trial_batch, run.batch, device)
     seed_everything(run.seed, rank())
-    progress = Progress() if resume is None else Progress(**load_resume(resume, task))
+    decay = run.training.ema_decay
+    average = WeightAverage(task.engine, decay) if decay > 0 else None
+    progress = Progress() if resume is None else Progress(**load_resume(resume, task, average))
     if progress.task:
         task.load_state(progress.task)
     _write_run_folder(run, ds_config, task)
     tracker = _start_tracking(run, task, progress) if is_rank_zero() else None
     try:
-        run_training(run, task, tracker, progress, device)
+        run_training(run, task, tracker, progress, device, average)
         _finish(run, progress)
     except BaseException:
         if tracker is not None:
@@ -170,6 +173,7 @@ def _finish(run: RunSettings, progress: Progress) -> None:
         summary = {
             "step": progress.step,
             "elapsed_seconds": round(progress.elapsed_seconds, 1),
+            "validated_weights": "average" if run.training.ema_decay > 0 else "last",
             **progress.validation,
         }
         write_json_atomically(run.run_folder / "DONE", summary)

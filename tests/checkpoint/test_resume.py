@@ -12,6 +12,7 @@ import pytest
 import tiny_runs
 import torch
 
+from lgpt.checkpoint.average_files import average_file, has_average, read_average
 from lgpt.checkpoint.deepspeed_files import read_safely
 from lgpt.checkpoint.manifest import read_manifest
 from lgpt.checkpoint.resume_diff import facts_rows, settings_rows, settled, table_of
@@ -38,6 +39,12 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [t for each in value for t in tensors_in(each)] if isinstance(value, list) else []
 
 
+def masters_in(shard: Mapping[str, Any]) -> list[torch.Tensor]:
+    state = shard["optimizer_state_dict"]
+    names = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+    return list(next(state[name] for name in names if name in state))
+
+
 CASES = [
     ("vqvae", "zero2_bf16", "bf16"),
     ("vqvae", "zero3_bf16", "fp32"),
@@ -53,7 +60,12 @@ def test_the_next_fifty_steps_are_those_of_a_run_that_was_never_interrupted(
     name = f"{trains}-{deepspeed}-{precision}"
     changes = {
         "deepspeed": deepspeed,
-        "training": {"max_steps": 54, "precision": precision, "validate_every": 20},
+        "training": {
+            "max_steps": 54,
+            "precision": precision,
+            "validate_every": 20,
+            "ema_decay": 0.9,
+        },
         "checkpoint": {"every_steps": 4, "keep_every": 4},
     }
     straight = folder / "runs" / name
@@ -73,6 +85,17 @@ def test_the_next_fifty_steps_are_those_of_a_run_that_was_never_interrupted(
         ours, theirs = tensors_in(read_safely(shard)), tensors_in(read_safely(other))
         assert len(ours) >= 8  # masters, two moments and steps of two groups
         assert all(map(torch.equal, ours, theirs))
+    for rank, updates in ((0, 54), (1, 54)):
+        average, its = (
+            read_average(end / "checkpoints" / "step_54" / "model", rank)
+            for end in (straight, resumed)
+        )
+        assert average.updates == its.updates == updates
+        assert all(map(torch.equal, average.vectors, its.vectors))
+        shard = next((straight / "checkpoints" / "step_54" / "model").glob(f"*rank_{rank}*optim*"))
+        masters = masters_in(read_safely(shard))
+        assert [each.shape for each in masters] == [each.shape for each in average.vectors]
+        assert not any(map(torch.equal, masters, average.vectors))
     place = read_manifest(resumed / "checkpoints" / "step_54").facts["place"]
     assert (place["next_image"], place["epoch"], place["next_image_of_epoch"]) == (432, 21, 12)
 
@@ -98,12 +121,24 @@ def test_the_chosen_numbers_hold_whatever_deepspeed_puts_back(ranks, folder, dee
         ("config", 0.5, 0.8, 0.25, 4),
     ):
         (run_folder / "DONE").unlink()
-        outcome = ranks.train(
-            config, f"training.max_steps={step}", *changed, f"checkpoint.resume={choice}"
-        )
+        # The first save has no average, the second one has, and at last none is wanted.
+        decay_of_average = f"training.ema_decay={0.5 if step == 3 else 0}"
+        words = (f"training.max_steps={step}", decay_of_average, f"checkpoint.resume={choice}")
+        outcome = ranks.train(config, *changed, *words)
         assert outcome.codes == [0, 0], outcome.log[-3000:]
         facts = read_manifest(run_folder / "checkpoints" / f"step_{step}").facts
         numbers = facts["hyperparameters"]["model"]
+        engine_folder = run_folder / "checkpoints" / f"step_{step}" / "model"
+        assert has_average(engine_folder) == (step == 3)
+        if step == 3:
+            told_of_average = "starts from the weights of step 2"
+            assert read_average(engine_folder, 1).updates == 1
+            assert facts["validation"]["weights"] == "average"
+            listed = read_manifest(engine_folder.parent).files
+            assert average_file(Path("model"), 1).as_posix() in listed
+        else:
+            told_of_average = "this run keeps none (training.ema_decay: 0): it ends here"
+        assert outcome.log.count(told_of_average) == 1
         assert [group["weight_decay"] for group in numbers["groups"]] == [decay, 0.0]
         assert [group["betas"][0] for group in numbers["groups"]] == [beta1, beta1]
         assert numbers["gradient_clipping"] == clipping
