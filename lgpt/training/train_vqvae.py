@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Optional
 
 import numpy as np
@@ -49,6 +50,8 @@ class VqvaeTask:
         self.training_images = len(self.train_images)
         self.order = SampleOrder(len(self.train_images), run.seed)
         self.model_config = VQVAEConfig.from_settings(run.vqvae)
+        if run.finetuning.trains == "decoder":  # codes that stay have no averages to keep
+            self.model_config = replace(self.model_config, codebook_update="gradient")
         self.tokens_per_image = (run.data.resolution // run.vqvae.downsample_factor) ** 2
         self.model = VQVAE(
             self.model_config,
@@ -144,7 +147,7 @@ class VqvaeTask:
         if self._discriminator_learns(step):
             metrics["discriminator_gradient_norm"] = self.adversary.gradient_norm()
         revived, restarted = self._move_codes(step)
-        if run.vqvae.codebook_update == "ema" and run.vqvae.revive_dead_codes:
+        if self.model_config.codebook_update == "ema" and run.vqvae.revive_dead_codes:
             metrics["revived_codes"] = float(revived)
         if restarted:
             metrics["restarted_codes"] = float(restarted)
