@@ -168,14 +168,19 @@ def _write_run_folder(
 def _finish(run: RunSettings, progress: Progress) -> None:
     """DONE, and for phase 2 the model folder that phases 1 and 3 name."""
     if is_rank_zero():
+        # Early stopping ends a run well after its best step.
+        tag = "best" if run.training.early_stopping > 0 else None
         if isinstance(run, Phase2):
-            convert_run(run.run_folder, run.run_folder / "model", dtype="fp32", overwrite=True)
+            model = run.run_folder / "model"
+            convert_run(run.run_folder, model, dtype="fp32", overwrite=True, tag=tag)
         summary = {
             "step": progress.step,
             "elapsed_seconds": round(progress.elapsed_seconds, 1),
             "validated_weights": "average" if run.training.ema_decay > 0 else "last",
             **progress.validation,
         }
+        if tag is not None:
+            summary["best_step"] = progress.best_validation_step
         write_json_atomically(run.run_folder / "DONE", summary)
         _log.info("Done: %s", summary)
     barrier()

@@ -100,6 +100,31 @@ def test_the_next_fifty_steps_are_those_of_a_run_that_was_never_interrupted(
     assert (place["next_image"], place["epoch"], place["next_image_of_epoch"]) == (432, 21, 12)
 
 
+def test_a_run_that_is_stopped_early_exports_its_best_step(ranks, folder):
+    config = tiny_runs.write_run(
+        folder,
+        "early",
+        "vqvae",
+        training={"max_steps": 20, "validate_every": 1, "early_stopping": 2},
+        schedule={"warmup_steps": 0, "decay": "constant"},
+        optimizer={"learning_rate": 0.2},  # far too much: validation soon rises
+        checkpoint={"every_steps": 1, "keep_best": 1},
+    )
+    outcome = ranks.train(config)
+    assert outcome.codes == [0, 0], outcome.log[-3000:]
+    run_folder = folder / "runs" / "early"
+    losses = {
+        line["step"]: line["val_recon_loss"]
+        for line in steps_of(run_folder)
+        if "val_recon_loss" in line
+    }
+    best = min(losses, key=lambda step: (losses[step], step))
+    done = json.loads((run_folder / "DONE").read_text())
+    assert done["step"] == best + 2 < 20
+    assert done["best_step"] == best
+    assert json.loads((run_folder / "model" / "export.json").read_text())["step"] == best
+
+
 @pytest.mark.parametrize("deepspeed", ["zero2_bf16", "zero3_bf16"])
 def test_the_chosen_numbers_hold_whatever_deepspeed_puts_back(ranks, folder, deepspeed):
     """DeepSpeed alone gives back the file's weight decay, betas and (ZeRO-2) clipping."""
