@@ -233,6 +233,11 @@ def test_a_mapping_where_a_value_belongs_is_told_with_its_place(tmp_path):
         (VQVAE, ["data.resolution=100"], ["data.resolution = 100", "16", "use 96 or 112"]),
         (VQVAE, ["vqvae.attn_resolutions=[20]"], ["names 20", "256, 128, 64, 32, 16"]),
         (VQVAE, ["vqvae.ch_mult=[1,0,2]", "vqvae.attn_resolutions=[]"], ["at least 1"]),
+        (
+            VQVAE,
+            ["vqvae.num_res_blocks=0"],
+            ["num_res_blocks = 0", "ch_mult = [1, 1, 2, 2, 4]", "or ch_mult to [1, 1, 1, 1, 1]"],
+        ),
         (TRANSFORMER, ["transformer.hidden=72"], ["72", "16", "use 64 or 80"]),
         (TRANSFORMER, ["transformer.hidden=96"], ["gives 6", "multiple of 64", "learned"]),
         (TRANSFORMER, ["transformer.attention=flash", "transformer.heads=256"], ["gives 4"]),
