@@ -135,8 +135,25 @@ def _decide(run: RunSettings, folder: Path) -> Resume:
                 f"finetuning.trains is {now}, but {folder} was trained with {then}: set it back, "
                 "or give another name= with init_from= that checkpoint."
             )
+        _refuse_other_players(run, saved, folder)
     choice = _choice(run, saved, folder)
     return Resume(folder, manifest, run, saved, settled(run, saved, choice), choice)
+
+
+def _refuse_other_players(run: Phase2, saved: Phase2, folder: Path) -> None:
+    now, then = run.loss.adversarial, saved.loss.adversarial
+    if now == then:
+        return
+    if then == "none":
+        anew = "whose discriminator begins anew"
+        text = f"loss.adversarial is {now}, but {folder} holds no discriminator"
+    else:
+        anew = "which leaves the discriminator behind"
+        text = f"loss.adversarial is {now}, but {folder} was trained with {then}"
+    raise SettingsError(
+        f"{text}: set it back to {then}, or start a run under another name= with "
+        f"init_from={folder}, {anew}."
+    )
 
 
 def _choice(run: RunSettings, saved: RunSettings, folder: Path) -> Choice:

@@ -131,6 +131,8 @@ def _load_first_weights(run: RunSettings, task: Task) -> Optional[dict[str, torc
         weights, report = load_first_weights(task.model, Path(run.init_from), task.description())
     if is_rank_zero():
         write_json_atomically(run.run_folder / "warm_start.json", asdict(report))
+        if isinstance(task, VqvaeTask) and task.adversary is not None:
+            _log.info("init_from holds the VQ-VAE's weights alone: the discriminator begins anew")
     return weights
 
 
