@@ -316,9 +316,13 @@ def config_validate(
 
 
 def _counted_parameters(run: Any) -> str:
-    from lgpt.planning.parameters import run_parameters
+    from lgpt.planning.parameters import discriminator_parameters, run_parameters
+    from lgpt.settings.phases import Phase2
 
     try:
-        return f"{run_parameters(run):,} parameters"
+        counted = f"{run_parameters(run):,} parameters"
+        if isinstance(run, Phase2) and run.loss.adversarial != "none":
+            return f"{counted}, discriminator {discriminator_parameters(run.discriminator):,}"
+        return counted
     except SettingsError as error:
         return f"parameters not counted: {error}"

@@ -29,6 +29,14 @@ def test_the_text_encoder_may_be_named_where_a_config_is_looked_at(command):
     assert "parameters not counted" in done.stdout
 
 
+def test_both_players_of_phase_2_are_counted():
+    words = ("loss.perceptual=none", "discriminator.start_step=20", "discriminator.warmup_steps=9")
+    hinge = ("loss.adversarial=hinge", *words)
+    done = lgpt("config", "validate", "demo/phase2_openmoji_f8", *hinge)
+    assert done.returncode == 0, done.stderr
+    assert "parameters, discriminator 2,765,633" in done.stdout
+
+
 def test_the_demo_s_parameters_are_counted():
     done = lgpt("config", "validate", "demo/phase3_shapes", "--ranks", "2")
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
-"""Exact parameter counts of LatentGPT and the VQ-VAE, from settings alone.
+"""Exact parameter counts of LatentGPT, the VQ-VAE and its discriminator, from settings alone.
 
-The same sums as the modules make (`models/latent_gpt.py`, `models/vqvae.py`; the tests compare
-them), but in a moment and without torch.
+The same sums as the modules make (`models/latent_gpt.py`, `models/vqvae.py`,
+`models/discriminator.py`; the tests compare them), but in a moment and without torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Optional
 from pydantic import ValidationError
 
 from lgpt.core.errors import SettingsError
+from lgpt.settings.discriminator import DiscriminatorSettings
 from lgpt.settings.phases import Phase2, RunSettings, TransformerRun
 from lgpt.settings.text import RANDOM_ENCODER, RANDOM_ENCODER_WIDTH
 from lgpt.settings.transformer import TransformerSettings
@@ -98,6 +99,15 @@ def vqvae_parameters(settings: VqvaeSettings) -> int:
     latents, codes = settings.z_channels, settings.code_dim
     quant_convs = _conv(latents, codes, 1) + _conv(codes, latents, 1)
     return _encoder(settings) + _decoder(settings) + quant_convs + codebook
+
+
+def discriminator_parameters(settings: DiscriminatorSettings) -> int:
+    """Parameters of the second player of phase 2, which has gradients and moments of its own."""
+    widths = [settings.channels * min(2**level, 8) for level in range(settings.layers + 1)]
+    total = 3 * widths[0] * 16 + widths[0]
+    for width_in, width in zip(widths, widths[1:]):
+        total += width_in * width * 16 + _group_norm(width)  # no bias
+    return total + widths[-1] * 16 + 1
 
 
 def _encoder(s: VqvaeSettings) -> int:

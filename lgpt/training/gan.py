@@ -62,6 +62,7 @@ class Adversary:
     def __init__(self, settings: DiscriminatorSettings, vqvae: VQVAE) -> None:
         self.settings = settings
         self.model = PatchDiscriminator(settings.layers, settings.channels)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())  # before ZeRO-3
         self.engine: Any = None
         self._last_features: Optional[Tensor] = None
         if settings.adaptive_weight:

@@ -237,7 +237,10 @@ class VqvaeTask:
             pictures = torch.rand(images, 3, side, side, device=self.device) * 2 - 1
             pictures = pictures.to(dtype).requires_grad_()
             # Gradients in bf16, and the float32 sums of this rank's share.
-            byte_count = 2 * self.num_parameters + 4 * self.num_parameters // world_size()
+            learned = self.num_parameters
+            if self.adversary is not None:
+                learned += self.adversary.num_parameters
+            byte_count = 2 * learned + 4 * learned // world_size()
             room = torch.empty(byte_count, dtype=torch.uint8, device=self.device)
             with _decoder_inputs(self.model) as decoder_inputs:
                 output = self.engine.module(pictures)

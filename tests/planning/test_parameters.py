@@ -9,10 +9,17 @@ import torch
 
 from lgpt.core.errors import SettingsError
 from lgpt.models.clip_encoder import ClipTextEncoder, make_random_clip_text_encoder
+from lgpt.models.discriminator import PatchDiscriminator
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.vqvae import VQVAE
 from lgpt.models.vqvae_config import VQVAEConfig
-from lgpt.planning.parameters import latent_gpt_parameters, run_parameters, vqvae_parameters
+from lgpt.planning.parameters import (
+    discriminator_parameters,
+    latent_gpt_parameters,
+    run_parameters,
+    vqvae_parameters,
+)
+from lgpt.settings.discriminator import DiscriminatorSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.settings.transformer import TransformerSettings
 from lgpt.settings.vqvae import VqvaeSettings
@@ -64,6 +71,14 @@ def test_vqvaes_count_as_counted(shape):
     with torch.device("meta"):
         model = VQVAE(VQVAEConfig.from_settings(settings))
     assert vqvae_parameters(settings) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("layers", "channels"), [(3, 64), (1, 16), (5, 32)])
+def test_discriminators_count_as_counted(layers, channels):
+    settings = DiscriminatorSettings(layers=layers, channels=channels)
+    with torch.device("meta"):
+        model = PatchDiscriminator(layers, channels)
+    assert discriminator_parameters(settings) == sum(p.numel() for p in model.parameters())
 
 
 def test_the_vqgan_of_taming_has_its_published_size():

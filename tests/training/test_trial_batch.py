@@ -61,7 +61,9 @@ def test_when_nothing_fits_other_ways_are_named():
 
 
 @pytest.mark.parametrize("trains", ["all", "decoder"])
-def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(tmp_path, trains):
+def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(
+    tmp_path, trains, monkeypatch
+):
     # Dropout draws, and moving averages note what a forward sees.
     vqvae = {**tiny.VQVAE, "dropout": 0.1}
     changes = {}
@@ -92,7 +94,13 @@ def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(tmp_path, 
     seed_everything(3)
     drawn = torch.rand(3)
     seed_everything(3)
+    taken: list[int] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: taken.append(a[0]) or empty(*a, **k))
     task.trial_batch(2)
+    monkeypatch.undo()
+    learned = sum(p.numel() for player in players for p in player.parameters())
+    assert 6 * learned in taken, "room for the gradients of both players"
     assert torch.equal(torch.rand(3), drawn)
     for player, state in zip(players, before):
         assert all(torch.equal(state[name], value) for name, value in player.state_dict().items())
