@@ -62,6 +62,8 @@ def with_quantizer(run: Phase2, name: str) -> Phase2:
             "loss": run.loss.model_copy(update=dict(loss)),
             # What is measured here needs no networks.
             "metrics": run.metrics.model_copy(update={"lpips": "none", "rfid": "none"}),
+            # Each as it is: the response to a collapse would restart every quantizer's codes.
+            "health": run.health.model_copy(update={"respond": False}),
         }
     )
 

@@ -86,6 +86,7 @@ def test_a_quantizer_is_what_its_name_says(name: str):
         torch.testing.assert_close(codes.norm(dim=1), torch.ones(codes[:, 0].shape))
         assert codes.shape[1] == 8
     assert (run.loss.entropy_weight > 0) is name.endswith("entropy")
+    assert not run.health.respond, "restarts by the health monitor are no part of a quantizer"
 
 
 def test_unknown_quantizers_and_trained_codebooks_are_refused(tmp_path: Path):
