@@ -28,6 +28,12 @@ def convert(
         False,
         help="compare the written model's logits with those that training kept with the checkpoint",
     ),
+    ema: Optional[bool] = typer.Option(
+        None,
+        "--ema/--no-ema",
+        help="the moving average of the weights (training.ema_decay), or the weights of the step "
+        "itself; default: the average where the checkpoint has one",
+    ),
     overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
 ) -> None:
     """Turn a ZeRO checkpoint into a model folder: safetensors, index, config, model card.
@@ -46,6 +52,7 @@ def convert(
         tag=tag,
         max_shard_bytes=parse_size(max_shard_size),
         verify=verify,
+        ema=ema,
     )
     if export.logits_check is not None:
         print(f"largest difference of logits: {export.logits_check.largest_difference:.6g}")
@@ -61,6 +68,12 @@ def export(
     ),
     tag: Optional[str] = typer.Option(None, help="which checkpoint in SOURCE, as `lgpt convert`"),
     dtype: Optional[str] = typer.Option(None, help="fp32 (default) or bf16, of a checkpoint"),
+    ema: Optional[bool] = typer.Option(
+        None,
+        "--ema/--no-ema",
+        help="the moving average of the weights (training.ema_decay), or the weights of the step "
+        "itself; default: the average where the checkpoint has one",
+    ),
     overwrite: bool = typer.Option(False, help="replace a model folder that is there"),
 ) -> None:
     """Write one folder that is a text-to-image model on any machine, without a hub.
@@ -80,4 +93,5 @@ def export(
         tag=tag,
         copy_text_encoder=text_encoder == "copy",
         overwrite=overwrite,
+        ema=ema,
     )

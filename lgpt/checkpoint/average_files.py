@@ -15,6 +15,7 @@ Whoever merges or cuts masters does the same with these (zero_shards.py: `ZeroSh
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import torch
 
@@ -34,6 +35,24 @@ def average_file(engine_folder: Path, rank: int) -> Path:
 def has_average(engine_folder: Path) -> bool:
     """Whether a checkpoint's engine was saved with an average."""
     return average_file(engine_folder, 0).is_file()
+
+
+def takes_average(engine_folder: Path, wanted: Optional[bool] = None) -> bool:
+    """Whether what is made of a checkpoint is made of the average.
+
+    Args:
+        wanted: None: wherever there is one.
+
+    Raises:
+        CheckpointError: It is wanted, and there is none.
+    """
+    is_there = has_average(engine_folder)
+    if wanted and not is_there:
+        raise CheckpointError(
+            f"{engine_folder} holds no moving average of the weights (it was saved with "
+            "training.ema_decay: 0): leave out --ema to take the weights of the last step."
+        )
+    return is_there if wanted is None else wanted
 
 
 def write_average(state: AverageState, engine_folder: Path, rank: int) -> None:

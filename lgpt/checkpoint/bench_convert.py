@@ -113,7 +113,7 @@ def _compare(place: CheckpointPlace, work: Path, rounds: int) -> dict[str, Any]:
             measured = _run_theirs(place, theirs, options)
         other.append(_succeeded(measured, "zero_to_fp32"))
         shutil.rmtree(ours, ignore_errors=True)
-        command = ["-m", "lgpt", "convert", str(source), str(ours)]
+        command = ["-m", "lgpt", "convert", "--no-ema", str(source), str(ours)]
         mine.append(_succeeded(_measure(command), "lgpt convert"))
     written, expected = _tensors_of(ours), _tensors_of(theirs)
     same = {

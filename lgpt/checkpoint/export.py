@@ -21,6 +21,7 @@ from typing import Any, Optional, Union
 import torch
 
 from lgpt import __version__
+from lgpt.checkpoint.average_files import takes_average
 from lgpt.checkpoint.export_folder import PROVENANCE, refuse_full_disk, staged
 from lgpt.checkpoint.folders import verify as problems_of_checkpoint
 from lgpt.checkpoint.logits_check import LogitsCheck, check_logits
@@ -65,6 +66,7 @@ def convert_run(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     copy_text_encoder: bool = False,
     verify: bool = False,
+    ema: Optional[bool] = None,
 ) -> Export:
     """Make a model folder from a checkpoint, reading one rank's shard after the other.
 
@@ -83,6 +85,8 @@ def convert_run(
         copy_text_encoder: Copy a text encoder of the hub too, instead of naming it.
         verify: Run the written model on inputs that the checkpoint keeps, and compare its logits
             with those of the training. This holds the whole model in memory.
+        ema: The moving average of the weights, or those of the step itself; by default the average
+            where the checkpoint has one.
 
     Raises:
         CheckpointError: There is no whole checkpoint, its parts do not fit, the VQ-VAE is no longer
@@ -94,7 +98,8 @@ def convert_run(
     with staged(out, overwrite=overwrite) as staging:
         place = find_checkpoint(source, tag)
         trained = _open(place.step_folder) if place.step_folder is not None else None
-        shards = ZeroShards(place.engine_folder)
+        of_average = takes_average(place.engine_folder, ema)
+        shards = ZeroShards(place.engine_folder, of_average=of_average)
         kind = "weights"
         if trained is not None:
             kind = trained.described["kind"]
@@ -109,15 +114,17 @@ def convert_run(
         write_safetensors(shards, staging, dtype=_DTYPES[dtype], max_shard_bytes=max_shard_bytes)
         files = {name: sha256_of_file(staging / name) for name in list_files(staging)}
         step = trained.manifest.step if trained is not None else shards.global_steps
-        check = _check_logits(staging, place, trained) if verify else None
-        export = Export(out, kind, step, shards.num_parameters, dtype, files, check)
+        check = _check_logits(staging, place, trained, shards.is_average) if verify else None
+        count = shards.num_parameters
+        export = Export(out, kind, step, count, dtype, files, check, shards.is_average)
         _write_descriptions(export, place, trained, shards, staging)
-    _log.info("%s: %s of step %d, %s", out, export.kind, export.step, dtype)
+    what = "the averaged weights" if export.is_average else "the weights"
+    _log.info("%s: %s of step %d, %s, %s", out, export.kind, export.step, what, dtype)
     return export
 
 
 def _check_logits(
-    staging: Path, place: CheckpointPlace, trained: Optional[_Trained]
+    staging: Path, place: CheckpointPlace, trained: Optional[_Trained], of_average: bool
 ) -> LogitsCheck:
     if trained is None or place.step_folder is None or trained.described["kind"] != "latent_gpt":
         raise CheckpointError(
@@ -125,7 +132,7 @@ def _check_logits(
             "transformer runs do; convert it without --verify."
         )
     precision = trained.manifest.engines[place.engine_folder.name].precision
-    check = check_logits(staging, place.step_folder, precision)
+    check = check_logits(staging, place.step_folder, precision, of_average=of_average)
     _log.info(
         "largest difference of %d logits from those of the training: %.3g (largest logit %.3g, %s)",
         check.count,
@@ -192,6 +199,7 @@ def _write_descriptions(
         "step": export.step,
         "kind": export.kind,
         "dtype": export.dtype,
+        "weights": "average" if export.is_average else "last",
         "num_parameters": export.num_parameters,
         "tied": dict(shards.aliases),
         "logits_check": None if export.logits_check is None else asdict(export.logits_check),

@@ -43,21 +43,24 @@ def pack_logits(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def check_logits(model_folder: Path, step_folder: Path, precision: str) -> LogitsCheck:
+def check_logits(
+    model_folder: Path, step_folder: Path, precision: str, *, of_average: bool
+) -> LogitsCheck:
     """Run a model folder on the inputs that were kept with a checkpoint. Loads the whole model.
 
     Args:
         model_folder: With config and weights of a LatentGPT.
         step_folder: The checkpoint that it was made of.
         precision: fp32 or bf16, in which the training computed.
+        of_average: The model folder holds the moving average of the weights.
 
     Raises:
         CheckpointError: The checkpoint holds no logits, or the difference is not one of rounding.
     """
-    path = step_folder / FILE_NAME
+    path = step_folder / (LOGITS_OF_AVERAGE_FILE if of_average else FILE_NAME)
     if not path.is_file():
         raise CheckpointError(
-            f"{step_folder} holds no {FILE_NAME}: training keeps logits with the checkpoints of "
+            f"{step_folder} holds no {path.name}: training keeps logits with the checkpoints of "
             "transformers, since this version; convert it without --verify."
         )
     try:

@@ -28,6 +28,7 @@ class Export:
         dtype: fp32 or bf16.
         files: sha256 of every file but export.json and README.md.
         logits_check: Result of `--verify`.
+        is_average: It is the moving average of the weights, not those of the step itself.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Export:
     dtype: str
     files: dict[str, str]
     logits_check: Optional[LogitsCheck] = None
+    is_average: bool = False
 
 
 def model_card(
@@ -55,6 +57,7 @@ def model_card(
         f"- trained on: `{data.dataset}`"
         + (f" (`{data.source}`)" if data.source else "")
         + f", {data.resolution}x{data.resolution} pixels",
+        _about_weights(export),
         f"- steps: {export.step:,} of {batch:,} images ({export.step * batch:,} images seen)",
         f"- run: `{run.name}`, phase {run.phase}, seed {run.seed}; checkpoint `{checkpoint}`",
         f"- made by: lgpt {__version__}" + (f", commit {commit}" if commit else ""),
@@ -69,6 +72,7 @@ def weights_card(export: Export, checkpoint: str, stage: int, ranks: int) -> str
         f"- parameters: {export.num_parameters:,}, stored as {export.dtype}",
         f"- from: DeepSpeed checkpoint `{checkpoint}` of step {export.step:,}, ZeRO-{stage}, "
         f"{ranks} rank(s)",
+        _about_weights(export),
         f"- made by: lgpt {__version__}",
     ]
     use = (
@@ -94,6 +98,12 @@ def source_commit() -> Optional[str]:
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
+
+
+def _about_weights(export: Export) -> str:
+    if export.is_average:
+        return "- weights: the moving average over the steps (`training.ema_decay`)"
+    return "- weights: those of the step itself, no moving average"
 
 
 def _vqvae(described: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -34,6 +34,7 @@ def export_model(
     copy_text_encoder: bool = True,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ema: Optional[bool] = None,
 ) -> None:
     """Write a folder with transformer, VQ-VAE and text encoder.
 
@@ -46,11 +47,12 @@ def export_model(
         copy_text_encoder: Copy it in; else a text encoder of the hub stays a name.
         overwrite: Replace an earlier export.
         max_shard_bytes: Most bytes in one safetensors file; only of a checkpoint.
+        ema: As for `convert_run`; only of a checkpoint.
 
     Raises:
         CheckpointError: The source is damaged or no text-to-image model, the text encoder is out
             of reach or another one, or `out` holds something else.
-        SettingsError: `dtype` or `tag` is given for a model folder.
+        SettingsError: `dtype`, `tag` or `ema` is given for a model folder.
     """
     if not (source / PROVENANCE).is_file():
         convert_run(
@@ -61,12 +63,13 @@ def export_model(
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
             copy_text_encoder=copy_text_encoder,
+            ema=ema,
         )
         return
-    if dtype is not None or tag is not None:
+    if dtype is not None or tag is not None or ema is not None:
         raise SettingsError(
-            f"{source} is a model folder already: --dtype and --tag are for checkpoints. Export "
-            "the run, or leave them out."
+            f"{source} is a model folder already: --dtype, --tag and --ema are for checkpoints. "
+            "Export the run, or leave them out."
         )
     provenance = _checked(source)
     with staged(out, overwrite=overwrite) as staging:

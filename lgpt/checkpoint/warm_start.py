@@ -14,7 +14,9 @@ from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
+from lgpt.checkpoint.average_files import takes_average
 from lgpt.checkpoint.convert import merged_weights
+from lgpt.checkpoint.export_folder import PROVENANCE
 from lgpt.checkpoint.folders import verify
 from lgpt.checkpoint.manifest import read_manifest
 from lgpt.checkpoint.sources import find_checkpoint
@@ -48,6 +50,8 @@ class WarmStart:
             changes a tensor's shape.
         is_same_vqvae: Whether a transformer's weights were trained on the tokens of this run's
             VQ-VAE; None where nothing tells.
+        weights: The moving `average`, which is taken of a checkpoint that has one, or those of the
+            `last` step; None where nothing tells.
     """
 
     source: str
@@ -57,6 +61,7 @@ class WarmStart:
     elements: int
     differences: dict[str, list[Any]]
     is_same_vqvae: Optional[bool]
+    weights: Optional[str]
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class _Found:
     kind: str
     step: Optional[int]
     model: Mapping[str, Any]
+    weights: Optional[str] = None
 
 
 def load_first_weights(
@@ -99,7 +105,7 @@ def load_first_weights(
     if found.kind == "model_folder":
         state = read_weights(found.folder)[0]
     else:
-        state = merged_weights(found.folder)
+        state = merged_weights(found.folder, of_average=found.weights == "average")
     return _take(model, state, found, description, source)
 
 
@@ -156,6 +162,7 @@ def _take(
         elements=sum(tensor.numel() for tensor in state.values()),
         differences=differences,
         is_same_vqvae=_is_same_vqvae(found.model.get("vqvae"), description.get("vqvae")),
+        weights=found.weights,
     )
     _tell(report)
     return dict(state), report
@@ -187,18 +194,21 @@ def _look_at(source: Path) -> _Found:
         model: dict[str, Any] = {"kind": kind, "config": config}
         if (source / "pipeline.json").is_file():
             model["vqvae"] = {"digest": _read_json(source / "pipeline.json").get("vqvae_digest")}
-        return _Found(source, "model_folder", None, model)
+        exported = source / PROVENANCE
+        told = _read_json(exported).get("weights") if exported.is_file() else None
+        return _Found(source, "model_folder", None, model, told)
     place = find_checkpoint(source)
     step_folder = place.step_folder
+    weights = "average" if takes_average(place.engine_folder) else "last"
     if step_folder is None:
-        return _Found(place.engine_folder, "checkpoint", None, {})
+        return _Found(place.engine_folder, "checkpoint", None, {}, weights)
     if problems := verify(step_folder, deep=True):
         raise CheckpointError(f"{step_folder} is damaged: {'; '.join(problems[:3])}.")
     step = read_manifest(step_folder).step
     # Checkpoints of other makers of step folders need not hold one.
     described = step_folder / "model_config.json"
     model = _read_json(described) if described.is_file() else {}
-    return _Found(place.engine_folder, "checkpoint", step, model)
+    return _Found(place.engine_folder, "checkpoint", step, model, weights)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -229,6 +239,8 @@ def _is_same_vqvae(
 
 def _tell(report: WarmStart) -> None:
     step = "" if report.step is None else f", step {report.step}"
+    if report.weights == "average":
+        step += ", the moving average of its weights"
     _log.info(
         "First weights from %s%s: all %d tensors, %s numbers",
         report.source,

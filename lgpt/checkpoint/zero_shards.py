@@ -5,7 +5,8 @@ How DeepSpeed (0.18 to 0.19.8) cuts the float32 masters of R ranks:
   padding); rank r holds the r-th of R equal pieces of it.
 - ZeRO-3: every parameter is padded to a multiple of R and cut into R pieces; rank r holds the r-th
   piece of every parameter, one after the other, over the flat vectors of all groups.
-Buffers, frozen parameters and the names of shared parameters stand in the model_states files.
+Buffers, frozen parameters and the names of shared parameters stand in the model_states files. The
+moving average of the masters, where there is one, is cut as they are (average_files.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lgpt.checkpoint.average_files import read_average
 from lgpt.checkpoint.deepspeed_files import files_by_rank, read_safely
 from lgpt.checkpoint.weight_source import Piece, TensorInfo
 from lgpt.core.errors import CheckpointError
@@ -40,14 +42,15 @@ class ZeroShards:
 
     Args:
         folder: The engine's folder (DeepSpeed's tag), with its `*_optim_states.pt`.
+        of_average: Take the moving average of the masters instead of them.
 
     Raises:
         CheckpointError: A file is missing, unreadable or holds code, or names and sizes do not add
             up.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, of_average: bool = False) -> None:
+        self.folder, self.is_average = folder, of_average
         try:
             self._optimizer_files, self.stage, self._sizes, paddings = _read_headers(folder)
             self._models = _read_models(folder, self.stage, len(self._optimizer_files))
@@ -57,6 +60,8 @@ class ZeroShards:
             ]
             self._paddings = paddings or [[0] * len(group) for group in self._groups]
             self._check_sizes()
+            if of_average:
+                self._check_average()
             self._buffers = _buffers(self._models[0])
             self._frozen = self._frozen_parameters()
             self._describe()
@@ -97,13 +102,29 @@ class ZeroShards:
                 flat = fragment.reshape(-1)[: whole - start]
                 yield Piece(name, start, flat.float())
                 start += flat.numel()
-        for rank, path in enumerate(self._optimizer_files):
-            # Opened again, and closed after its turn: what was read of it leaves the memory.
-            vectors = read_safely(path)["optimizer_state_dict"][_vectors_key(self.stage)]
+        for rank in range(self.ranks):
+            vectors = self._vectors_of(rank)
             for cut in self._cuts(rank):
                 values = vectors[cut.vector].detach()[cut.place : cut.place + cut.length]
                 yield Piece(cut.name, cut.start, values.float())
             del vectors
+
+    def _vectors_of(self, rank: int) -> Sequence[Tensor]:
+        """Opened again, and closed after its turn: what was read of it leaves the memory."""
+        if self.is_average:
+            return read_average(self.folder, rank).vectors
+        state = read_safely(self._optimizer_files[rank])["optimizer_state_dict"]
+        vectors: Sequence[Tensor] = state[_vectors_key(self.stage)]
+        return vectors
+
+    def _check_average(self) -> None:
+        for rank, expected in enumerate(self._sizes):
+            sizes = [vector.numel() for vector in read_average(self.folder, rank).vectors]
+            if sizes != expected:
+                raise CheckpointError(
+                    f"The average of rank {rank} in {self.folder} holds {sizes} elements, its "
+                    f"masters {expected}."
+                )
 
     def _describe(self) -> None:
         """`names`, `tensors` and `aliases`, in the module's order."""

@@ -54,7 +54,7 @@ class TrainingSettings(Section):
         ge=0,
         lt=1,
         description="keep a moving average of the weights, of which a step leaves so much (less at "
-        "first); validation and picture grids use it; 0 = off",
+        "first); validation, grids and `lgpt convert` use it; 0 = off",
     )
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=0)

@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import tiny_models
@@ -25,6 +25,7 @@ from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.warm_start import load_first_weights
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything
 from lgpt.core.errors import CheckpointError
+from lgpt.engine.average import WeightAverage
 from lgpt.engine.build import build_engine, set_masters
 from lgpt.engine.start import start_process_group
 from lgpt.settings.training import OptimizerSettings
@@ -107,7 +108,7 @@ def live_weights(engine: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
-def save(engine: Any, run_folder: Path, step: int) -> Path:
+def save(engine: Any, run_folder: Path, step: int, average: Optional[WeightAverage] = None) -> Path:
     return store.save_checkpoint(
         {"model": engine},
         run_folder,
@@ -115,7 +116,22 @@ def save(engine: Any, run_folder: Path, step: int) -> Path:
         trainer_state={"step": step, "note": "ä"},
         keep=Keep(2),
         extra_files={"config.yaml": "name: tiny\n"},
+        averages={} if average is None else {"model": average},
     )
+
+
+def save_average(stage: int, precision: str, run_folder: Path) -> None:
+    """A checkpoint with an average, which is gathered beside it as the engine holds it."""
+    engine = make_engine(stage, precision, seed=1)
+    average = WeightAverage(engine, 0.5)
+    for _ in range(2):
+        train(engine, 1)
+        average.update()
+    save(engine, run_folder, 2, average)
+    with average.in_use():
+        weights = live_weights(engine)
+    if is_rank_zero():
+        torch.save(weights, run_folder / "live.pt")
 
 
 def run_case(stage: int, precision: str, run_folder: Path) -> dict[str, Any]:
@@ -225,6 +241,7 @@ def main() -> None:
         barrier()
         results[name] = run_case(stage, precision, out / name)
         engines[name] = results[name].pop("engine")
+        save_average(stage, precision, out / "averaged" / name)
     save_with_bf16_optimizer(out / "bf16_optimizer")
     warm = start_warm(out / "zero2_bf16" / "checkpoints" / "step_3")
     if is_rank_zero():
