@@ -103,7 +103,7 @@ def vqvae_parameters(settings: VqvaeSettings) -> int:
 
 def discriminator_parameters(settings: DiscriminatorSettings) -> int:
     """Parameters of the second player of phase 2, which has gradients and moments of its own."""
-    widths = [settings.channels * min(2**level, 8) for level in range(settings.layers + 1)]
+    widths = [settings.channels * min(1 << level, 8) for level in range(settings.layers + 1)]
     total = 3 * widths[0] * 16 + widths[0]
     for width_in, width in zip(widths, widths[1:]):
         total += width_in * width * 16 + _group_norm(width)  # no bias

@@ -92,13 +92,13 @@ def _vqvae(vqvae: VqvaeSettings, data: DataSettings, at: At) -> list[Problem]:
         names = ("vqvae.attn_resolutions", "vqvae.resolution", "vqvae.ch_mult")
         problems.append(problem(text, *names))
     if vqvae.num_res_blocks == 0 and any(multiple > 1 for multiple in vqvae.ch_mult):
-        names = ("vqvae.num_res_blocks", "vqvae.ch_mult")
+        both = ("vqvae.num_res_blocks", "vqvae.ch_mult")
         text = (
-            f"{at(names[0])} leaves the encoder nothing that changes its width, but "
-            f"{at(names[1])}; set num_res_blocks to 1 or more, or ch_mult to "
+            f"{at(both[0])} leaves the encoder nothing that changes its width, but "
+            f"{at(both[1])}; set num_res_blocks to 1 or more, or ch_mult to "
             f"{[1] * len(vqvae.ch_mult)} (and ch wider)."
         )
-        problems.append(problem(text, *names))
+        problems.append(problem(text, *both))
     if any(multiple < 1 for multiple in vqvae.ch_mult):
         text = f"{at('vqvae.ch_mult')} must hold whole numbers of at least 1."
         problems.append(problem(text, "vqvae.ch_mult"))
