@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any, Optional, Union
 
 import torch
 
+from lgpt.checkpoint.agreement import on_all_ranks
 from lgpt.checkpoint.average_files import average_file, read_average, write_average
 from lgpt.checkpoint.checks import record_check
 from lgpt.checkpoint.folders import problems_known_of, step_folders
@@ -174,7 +175,7 @@ def load_checkpoint(
     """
     folder = broadcast_from_rank_zero(folder)
     found: list[Manifest] = []
-    _on_all_ranks(lambda: found.append(read_manifest(folder)), f"load {folder}")
+    on_all_ranks(lambda: found.append(read_manifest(folder)), f"load {folder}")
     manifest = found[0]
     _refuse_other_shape(engines, manifest, folder)
     for name, engine in engines.items():
@@ -205,14 +206,14 @@ def _stage(
                 payload = content.encode() if isinstance(content, str) else content
                 write_bytes_atomically(staging / name, payload)
 
-    _on_all_ranks(prepare, f"prepare {staging}")
-    _on_all_ranks(lambda: torch.save(capture_rng_state(), _rng_file(staging)), f"write {staging}")
+    on_all_ranks(prepare, f"prepare {staging}")
+    on_all_ranks(lambda: torch.save(capture_rng_state(), _rng_file(staging)), f"write {staging}")
     for name, engine in engines.items():
         save = partial(_save_engine, engine, staging, name)
-        _on_all_ranks(save, f"write {staging}")
+        on_all_ranks(save, f"write {staging}")
     for name, average in averages.items():
         write = partial(write_average, average.state(), staging / name, rank())
-        _on_all_ranks(write, f"write {staging}")
+        on_all_ranks(write, f"write {staging}")
 
 
 def _complete(
@@ -238,11 +239,11 @@ def _complete(
             manifest.write(staging)
             _publish(staging, final)
 
-    _on_all_ranks(list_names, f"list {staging}")
+    on_all_ranks(list_names, f"list {staging}")
     my_names = broadcast_from_rank_zero(names)[rank() :: world_size()]
-    _on_all_ranks(record, f"read back {staging}")
+    on_all_ranks(record, f"read back {staging}")
     parts = gather_to_rank_zero(records)
-    _on_all_ranks(publish, f"complete {final}")
+    on_all_ranks(publish, f"complete {final}")
 
 
 def _save_engine(engine: Any, staging: Path, name: str) -> None:
@@ -332,28 +333,6 @@ def _refuse_other_shape(engines: Mapping[str, Any], manifest: Manifest, folder: 
 
 def _readable(engines: Mapping[str, EngineRecord]) -> str:
     return ", ".join(f"{name} ({record})" for name, record in engines.items())
-
-
-def _on_all_ranks(action: Callable[[], None], what: str) -> None:
-    """Run an action on every rank; when it fails on any, raise on all."""
-    try:
-        action()
-        problems: list[str] = []
-    except CheckpointError as error:
-        problems = [str(error)]
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        problems = [f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"]
-    _raise_if_any(problems, f"could not {what}")
-
-
-def _raise_if_any(problems: Sequence[str], heading: str) -> None:
-    gathered = gather_to_rank_zero(list(problems))
-    told = [
-        f"rank {number}: {problem}" for number, mine in enumerate(gathered) for problem in mine[:3]
-    ]
-    told = broadcast_from_rank_zero(told)
-    if told:
-        raise CheckpointError(f"{heading}: {'; '.join(told)}")
 
 
 def _publish(staging: Path, final: Path) -> None:
