@@ -158,9 +158,20 @@ def _batch_problems(run: RunSettings, world_size: int, sources: Optional[Sources
         f"batch.global_batch_images ({batch.global_batch_images}"
         f"{', ' + place.text if place else ''}) must be a multiple of "
         f"micro_batch_images x world_size ({batch.micro_batch_images} x {world_size} = "
-        f"{images_per_micro_step}); set it to {f'{lower} or ' if lower else ''}{higher}."
+        f"{images_per_micro_step}); set it to {f'{lower} or ' if lower else ''}{higher}, or "
+        f"keep it {_way_to_keep(batch.global_batch_images, batch.micro_batch_images, world_size)}."
     )
     return [([_GLOBAL, _MICRO], text)]
+
+
+def _way_to_keep(global_batch: int, micro_batch: int, world_size: int) -> str:
+    """What else can change so that a global batch divides; a run that goes on wants the old one."""
+    share, rest = divmod(global_batch, world_size)
+    if rest == 0:
+        fitting = max(size for size in range(1, micro_batch + 1) if share % size == 0)
+        return f"with batch.micro_batch_images={fitting}"
+    fewer = max(ranks for ranks in range(1, world_size) if global_batch % ranks == 0)
+    return f"on {fewer} rank{'s' if fewer > 1 else ''}"
 
 
 def _owned_values(run: RunSettings, world_size: int) -> dict[KeyPath, _Owned]:

@@ -103,10 +103,28 @@ def test_indivisible_batch_names_all_numbers_and_the_fix():
         resolve_deepspeed_config(run, 8)
     assert caught.value.problems == (
         "batch.global_batch_images (100) must be a multiple of micro_batch_images x world_size "
-        "(25 x 8 = 200); set it to 200.",
+        "(25 x 8 = 200); set it to 200, or keep it on 5 ranks.",
     )
-    with pytest.raises(SettingsError, match=r"\(25 x 3 = 75\); set it to 75 or 150\."):
+    with pytest.raises(SettingsError, match=r"set it to 75 or 150, or keep it on 2 ranks\."):
         resolve_deepspeed_config(run, 3)
+
+
+def test_the_way_to_keep_a_global_batch_works():
+    """A run that goes on with other ranks wants the batch that it had."""
+    for global_batch, micro, ranks in ((256, 32, 3), (256, 32, 16), (100, 32, 1), (96, 40, 4)):
+        words = [f"batch.global_batch_images={global_batch}", f"batch.micro_batch_images={micro}"]
+        run = load_run_settings("phase3_500m", words, {}, check_deepspeed=False)
+        with pytest.raises(SettingsError) as caught:
+            resolve_deepspeed_config(run, ranks)
+        told = caught.value.problems[0].partition("or keep it ")[2].rstrip(".")
+        if told.startswith("with "):
+            words[1] = told[len("with ") :]
+        else:
+            ranks = int(told.split()[1])
+            words[1] = "batch.micro_batch_images=1"
+        run = load_run_settings("phase3_500m", words, {}, check_deepspeed=False)
+        config = resolve_deepspeed_config(run, ranks)
+        assert config["train_batch_size"] == global_batch
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ TEN_TEXTS = (
     "data.resolution = 250 (run.yaml:11) must be a multiple of vqvae.downsample_factor = 16 "
     "(run.yaml:24); use 240 or 256.",
     "batch.global_batch_images (100, run.yaml:13) must be a multiple of micro_batch_images x "
-    "world_size (32 x 1 = 32); set it to 96 or 128.",
+    "world_size (32 x 1 = 32); set it to 96 or 128, or keep it with "
+    "batch.micro_batch_images=25.",
     "transformer.hidden = 1000 (run.yaml:16) must be a multiple of transformer.heads = 16 "
     "(run.yaml:17); use 992 or 1008.",
     "transformer.postions (run.yaml:18) is not a setting of section transformer: did you mean "
