@@ -109,6 +109,19 @@ def world_row(
     )
 
 
+def shape_rows(
+    engines: Mapping[str, int], ranks: int, saved_engines: Mapping[str, int], saved_ranks: int
+) -> list[Row]:
+    """How the state is cut: over how many ranks, and at which ZeRO stage each engine.
+
+    Always as this start has it; where a row differs, the state is cut anew (elastic.py).
+    """
+    rows = [Row("ranks", ranks, saved_ranks, ranks)]
+    for name, stage in engines.items():
+        rows.append(Row(f"{name}: ZeRO stage", stage, saved_engines.get(name), stage))
+    return rows
+
+
 def table_of(rows: Sequence[Row]) -> str:
     """The rows under a heading, aligned; those that differ are marked."""
     lines = [("", "", "config says", "checkpoint would impose", "effective")]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lgpt.core.distributed import rank, seed_everything, world_size
 
 
 def capture_rng_state() -> dict[str, Tensor]:
@@ -38,3 +41,19 @@ def restore_rng_state(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def branch_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Give this rank generators of its own when another number of ranks goes on.
+
+    There is no generator of the save for every rank, so each gets a seed that follows from where
+    rank 0's stood, from its own number and from how many there are: the same start always goes on
+    the same way, and no two ranks draw alike.
+
+    Args:
+        state: Rank 0's, of the save.
+    """
+    digest = hashlib.sha256(f"{rank()} of {world_size()}".encode())
+    for name in ("python", "numpy", "torch"):
+        digest.update(state[name].numpy().tobytes())
+    seed_everything(int.from_bytes(digest.digest()[:7], "big"))

@@ -34,6 +34,7 @@ import torch
 from lgpt.checkpoint.agreement import on_all_ranks
 from lgpt.checkpoint.average_files import average_file, read_average, write_average
 from lgpt.checkpoint.checks import record_check
+from lgpt.checkpoint.elastic import load_engine_elastically
 from lgpt.checkpoint.folders import problems_known_of, step_folders
 from lgpt.checkpoint.manifest import (
     EngineRecord,
@@ -45,7 +46,7 @@ from lgpt.checkpoint.manifest import (
     record_files,
 )
 from lgpt.checkpoint.retention import Keep, prune, put_back_replaced, sweep
-from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
+from lgpt.checkpoint.rng import branch_rng_state, capture_rng_state, restore_rng_state
 from lgpt.core.distributed import barrier, is_rank_zero, rank, world_size
 from lgpt.core.errors import CheckpointError
 from lgpt.core.files import (
@@ -161,6 +162,10 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put engines and this rank's generators where they were at the save. All ranks call it.
 
+    Saved by as many ranks at the same ZeRO stage, the next step is the one that would have come,
+    bit for bit. Otherwise elastic.py cuts the state anew, and rng.py starts new generators when
+    there are more or fewer ranks.
+
     Args:
         folder: As `find_whole_checkpoint` gave it: its content was compared with its digests.
         averages: Moving averages by the name of the engine; where the checkpoint has none, they
@@ -170,18 +175,30 @@ def load_checkpoint(
         The `trainer_state` of the save.
 
     Raises:
-        CheckpointError: On every rank: it was saved by other engines, another number of ranks,
-            another ZeRO stage or precision.
+        CheckpointError: On every rank: it was saved by other engines or in another precision.
     """
     folder = broadcast_from_rank_zero(folder)
     found: list[Manifest] = []
     on_all_ranks(lambda: found.append(read_manifest(folder)), f"load {folder}")
     manifest = found[0]
-    _refuse_other_shape(engines, manifest, folder)
+    _refuse_other_engines(engines, manifest, folder)
+    is_same_world = manifest.world_size == world_size()
     for name, engine in engines.items():
-        _load_engine(engine, folder, name)
-        _load_average((averages or {}).get(name), manifest, folder, name)
-    restore_rng_state(torch.load(_rng_file(folder), weights_only=True))
+        average = (averages or {}).get(name)
+        # As the manifest says: a network file system may show ranks different things.
+        has_average = average_file(Path(name), 0).as_posix() in manifest.files
+        if is_same_world and manifest.engines[name] == _describe_engine(engine):
+            _load_engine(engine, folder, name)
+            if average is not None and has_average:
+                _load_average(average, folder / name)
+        else:
+            load_engine_elastically(engine, folder / name, average if has_average else None)
+        if has_average != (average is not None):
+            _begin_or_end_average(average, folder / name, manifest.step)
+    if is_same_world:
+        restore_rng_state(torch.load(_rng_file(folder, rank()), weights_only=True))
+    else:
+        branch_rng_state(torch.load(_rng_file(folder, 0), weights_only=True))
     state: dict[str, Any] = json.loads((folder / _TRAINER_STATE).read_text())
     return state
 
@@ -207,7 +224,9 @@ def _stage(
                 write_bytes_atomically(staging / name, payload)
 
     on_all_ranks(prepare, f"prepare {staging}")
-    on_all_ranks(lambda: torch.save(capture_rng_state(), _rng_file(staging)), f"write {staging}")
+    on_all_ranks(
+        lambda: torch.save(capture_rng_state(), _rng_file(staging, rank())), f"write {staging}"
+    )
     for name, engine in engines.items():
         save = partial(_save_engine, engine, staging, name)
         on_all_ranks(save, f"write {staging}")
@@ -277,58 +296,56 @@ def _load_engine(engine: Any, folder: Path, name: str) -> None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder / name}.")
 
 
-def _load_average(
-    average: Optional[WeightAverage], manifest: Manifest, folder: Path, name: str
-) -> None:
-    # As the manifest says: a network file system may show ranks different things.
-    was_saved = average_file(Path(name), 0).as_posix() in manifest.files
-    if average is None:
-        if was_saved and is_rank_zero():
-            _log.warning(
-                "%s holds a moving average of the weights, and this run keeps none "
-                "(training.ema_decay: 0): it ends here.",
-                folder / name,
-            )
-        return
-    if not was_saved:
-        average.restart()
-        if is_rank_zero():
-            _log.warning(
-                "%s was saved without a moving average of the weights (training.ema_decay): it "
-                "starts from the weights of step %d.",
-                folder / name,
-                manifest.step,
-            )
-        return
-    saved = read_average(folder / name, rank())
+def _load_average(average: WeightAverage, engine_folder: Path) -> None:
+    saved = read_average(engine_folder, rank())
     try:
         average.load(saved.vectors, saved.updates)
     except ValueError as error:
-        raise CheckpointError(f"{average_file(folder / name, rank())}: {error}.") from error
+        raise CheckpointError(f"{average_file(engine_folder, rank())}: {error}.") from error
+
+
+def _begin_or_end_average(average: Optional[WeightAverage], engine_folder: Path, step: int) -> None:
+    """Of the two, checkpoint and run, only one has an average."""
+    if average is not None:
+        average.restart()
+    if not is_rank_zero():
+        return
+    if average is None:
+        _log.warning(
+            "%s holds a moving average of the weights, and this run keeps none "
+            "(training.ema_decay: 0): it ends here.",
+            engine_folder,
+        )
+    else:
+        _log.warning(
+            "%s was saved without a moving average of the weights (training.ema_decay): it "
+            "starts from the weights of step %d.",
+            engine_folder,
+            step,
+        )
 
 
 def _describe(engines: Mapping[str, Any]) -> dict[str, EngineRecord]:
-    return {
-        name: EngineRecord(
-            engine.zero_optimization_stage(), "bf16" if engine.bfloat16_enabled() else "fp32"
-        )
-        for name, engine in engines.items()
-    }
+    return {name: _describe_engine(engine) for name, engine in engines.items()}
 
 
-def _refuse_other_shape(engines: Mapping[str, Any], manifest: Manifest, folder: Path) -> None:
-    """What DeepSpeed (0.19.8) refuses unclearly, or loads without the optimizer in silence."""
-    if manifest.world_size != world_size():
-        raise CheckpointError(
-            f"{folder} was saved by {manifest.world_size} ranks, this run has {world_size()}: "
-            f"start it with {manifest.world_size} (deepspeed --num_gpus {manifest.world_size})."
-        )
+def _describe_engine(engine: Any) -> EngineRecord:
+    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
+    return EngineRecord(engine.zero_optimization_stage(), precision)
+
+
+def _refuse_other_engines(engines: Mapping[str, Any], manifest: Manifest, folder: Path) -> None:
+    """Another number of ranks and another ZeRO stage are welcome, another precision is not."""
     here = _describe(engines)
-    if here != manifest.engines:
+    if _precisions(here) != _precisions(manifest.engines):
         raise CheckpointError(
             f"{folder} holds {_readable(manifest.engines)}, this run has {_readable(here)}: give "
-            "the configs of the save, config.yaml and ds_config.json in that folder."
+            "training.precision and the players of the save, as in config.yaml in that folder."
         )
+
+
+def _precisions(engines: Mapping[str, EngineRecord]) -> dict[str, str]:
+    return {name: record.precision for name, record in engines.items()}
 
 
 def _readable(engines: Mapping[str, EngineRecord]) -> str:
@@ -347,8 +364,8 @@ def _publish(staging: Path, final: Path) -> None:
     write_text_atomically(final.parent / "latest", f"{final.name}\n")
 
 
-def _rng_file(folder: Path) -> Path:
-    return folder / "rng" / f"rank_{rank():05d}.pt"
+def _rng_file(folder: Path, number: int) -> Path:
+    return folder / "rng" / f"rank_{number:05d}.pt"
 
 
 def _versions() -> dict[str, str]:

@@ -14,15 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from lgpt.checkpoint.average_files import read_average
+from lgpt.checkpoint.average_files import average_file, read_average
 from lgpt.checkpoint.deepspeed_files import files_by_rank, read_safely
 from lgpt.checkpoint.weight_source import Piece, TensorInfo
 from lgpt.core.errors import CheckpointError
+from lgpt.engine.average import AverageState
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"
 
 
 class _Cut(NamedTuple):
@@ -33,6 +38,19 @@ class _Cut(NamedTuple):
     vector: int
     place: int
     length: int
+
+
+class Held(NamedTuple):
+    """Elements of a parameter from `start` on, as a rank's optimizer holds them.
+
+    Attributes:
+        parts: By `MASTER`, by `MOMENTS` once AdamW has stepped, and by `AVERAGE` where a moving
+            average was saved: flat, of one length.
+    """
+
+    name: str
+    start: int
+    parts: dict[str, Tensor]
 
 
 class ZeroShards:
@@ -79,7 +97,7 @@ class ZeroShards:
     @property
     def global_steps(self) -> int:
         """Optimizer steps that DeepSpeed counted."""
-        return int(self._models[0].get("global_steps", 0))
+        return self.counter("global_steps")
 
     @property
     def deepspeed_version(self) -> str:
@@ -91,8 +109,73 @@ class ZeroShards:
         """Numbers in parameters: each stored tensor that is no buffer."""
         return sum(t.elements for name, t in self.tensors.items() if name not in self._buffers)
 
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that the optimizer owns."""
+        return {name: shape for group in self._groups for name, shape in group.items()}
+
+    @property
+    def fixed(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of buffers and frozen parameters."""
+        shapes = {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
+        return {**shapes, **{name: shape for name, (shape, _) in self._frozen.items()}}
+
+    def counter(self, name: str) -> int:
+        """One of DeepSpeed's counts of the save: global_steps, global_samples, skipped_steps."""
+        return int(self._models[0].get(name, 0))
+
     def pieces(self) -> Iterator[Piece]:
         """Buffers and frozen parameters, then what each rank holds of every parameter."""
+        yield from self.fixed_pieces()
+        for rank in range(self.ranks):
+            vectors = self._vectors_of(rank)
+            for cut in self._cuts(rank):
+                values = vectors[cut.vector].detach()[cut.place : cut.place + cut.length]
+                yield Piece(cut.name, cut.start, values.float())
+            del vectors
+
+    def held_by(self, rank: int) -> Iterator[Held]:
+        """What one rank's optimizer holds of the parameters; a piece is gone with the next one."""
+        # Opened again, and closed after its turn: what was read of it leaves the memory.
+        state = read_safely(self._optimizer_files[rank])["optimizer_state_dict"]
+        vectors = state[_vectors_key(self.stage)]
+        moments = _adam_states(state, self.stage)
+        average = self._average(rank)
+        for cut in self._cuts(rank):
+            of_vector = moments.get(cut.vector, {})
+            flat = {MASTER: vectors[cut.vector].detach()}
+            flat.update({name: of_vector[name] for name in MOMENTS if name in of_vector})
+            if average is not None:
+                flat[AVERAGE] = average.vectors[cut.vector]
+            parts = {
+                name: vector[cut.place : cut.place + cut.length] for name, vector in flat.items()
+            }
+            yield Held(cut.name, cut.start, parts)
+
+    def adam_steps(self) -> Optional[float]:
+        """How many steps AdamW counted; None before its first one."""
+        found = set()
+        for path in self._optimizer_files:
+            state = read_safely(path)["optimizer_state_dict"]
+            states = _adam_states(state, self.stage)
+            found |= {float(each["step"]) for each in states.values() if each}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"The ranks in {self.folder} counted different numbers of steps: {sorted(found)}."
+            )
+        return found.pop() if found else None
+
+    def average_updates(self) -> int:
+        """How many steps the moving average of the weights has followed; 0 without one."""
+        average = self._average(0)
+        return 0 if average is None else average.updates
+
+    def _average(self, rank: int) -> Optional[AverageState]:
+        there = average_file(self.folder, rank).is_file()
+        return read_average(self.folder, rank) if there else None
+
+    def fixed_pieces(self) -> Iterator[Piece]:
+        """Buffers and frozen parameters."""
         for name, buffer in self._buffers.items():
             values = buffer.float() if buffer.is_floating_point() else buffer
             yield Piece(name, 0, values.reshape(-1))
@@ -102,12 +185,6 @@ class ZeroShards:
                 flat = fragment.reshape(-1)[: whole - start]
                 yield Piece(name, start, flat.float())
                 start += flat.numel()
-        for rank in range(self.ranks):
-            vectors = self._vectors_of(rank)
-            for cut in self._cuts(rank):
-                values = vectors[cut.vector].detach()[cut.place : cut.place + cut.length]
-                yield Piece(cut.name, cut.start, values.float())
-            del vectors
 
     def _vectors_of(self, rank: int) -> Sequence[Tensor]:
         """Opened again, and closed after its turn: what was read of it leaves the memory."""
@@ -273,6 +350,13 @@ def _read_models(folder: Path, stage: int, ranks: int) -> list[Mapping[str, Any]
 
 def _vectors_key(stage: int) -> str:
     return "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+
+
+def _adam_states(state: Mapping[str, Any], stage: int) -> dict[int, Mapping[str, Any]]:
+    """AdamW's own state of each flat vector, by the vector's number."""
+    key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+    stored = state.get(key, {})
+    return dict(stored.get("state", {})) if isinstance(stored, Mapping) else {}
 
 
 def _buffers(model: Mapping[str, Any]) -> dict[str, Tensor]:

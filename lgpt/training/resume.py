@@ -15,6 +15,7 @@ from lgpt.checkpoint.resume_diff import (
     facts_rows,
     settings_rows,
     settled,
+    shape_rows,
     table_of,
     world_row,
 )
@@ -77,6 +78,9 @@ def load_resume(
 ) -> dict[str, Any]:
     """Tell the resume diff, load, and make the effective column true. All ranks call it.
 
+    With another number of ranks the global batch stays (accumulation follows, settings/deepspeed.py
+    ), and so do the pictures of every step (places.py).
+
     DeepSpeed imposes what it saved (0.19.8: ZeRO-1 and 2 weight decay, betas and clipping, ZeRO-3
     the first two), so what the engines were built with is put back after loading.
 
@@ -92,7 +96,7 @@ def load_resume(
     """
     engines = task.engines()
     built = {name: hyperparameters(engine) for name, engine in engines.items()}
-    rows = _all_rows(resume, built, task.content())
+    rows = _all_rows(resume, engines, built, task.content())
     _log.info(
         "Going on from %s with the numbers of the %s (checkpoint.resume):\n%s",
         resume.folder,
@@ -184,11 +188,17 @@ def _choice(run: RunSettings, saved: RunSettings, folder: Path) -> Choice:
 
 
 def _all_rows(
-    resume: Resume, built: Mapping[str, Mapping[str, Any]], content: Mapping[str, Optional[str]]
+    resume: Resume,
+    engines: Mapping[str, Any],
+    built: Mapping[str, Mapping[str, Any]],
+    content: Mapping[str, Optional[str]],
 ) -> list[Row]:
     run, saved, effective, manifest = resume.run, resume.saved, resume.effective, resume.manifest
     rows = settings_rows(run, saved, effective)
     rows.append(world_row(run, saved, effective, world_size(), manifest.world_size))
+    stages = {name: engine.zero_optimization_stage() for name, engine in engines.items()}
+    saved_stages = {name: record.zero_stage for name, record in manifest.engines.items()}
+    rows += shape_rows(stages, world_size(), saved_stages, manifest.world_size)
     rows += facts_rows(run, manifest.facts, built, content, code_version())
     return rows
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -46,6 +46,8 @@ class Outcome:
 
     codes: list[int]
     log: str
+    items: list[int] = field(default_factory=list)
+    """Numbers of the pictures that all ranks trained on, in any order."""
 
 
 class ForkedRanks:
@@ -53,6 +55,7 @@ class ForkedRanks:
 
     def __init__(self, folder: Path) -> None:
         self._log = folder / "ranks.log"
+        self._items = folder / "items.txt"
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -87,11 +90,13 @@ class ForkedRanks:
     ) -> Outcome:
         """Any command of lgpt."""
         self._log.write_text("")
+        self._items.write_text("")
         order = {
             "words": words,
             "ranks": ranks,
             "kill": None if kill is None else vars(kill),
             "log": str(self._log),
+            "items": str(self._items),
             "max_file_bytes": max_file_bytes,
         }
         assert self._server.stdin is not None
@@ -100,7 +105,8 @@ class ForkedRanks:
         self._server.stdin.flush()
         answer = self._server.stdout.readline()
         assert answer, "the server died: " + self._log.read_text()[-3000:]
-        return Outcome(json.loads(answer)["codes"], self._log.read_text())
+        items = [int(item) for item in self._items.read_text().split()]
+        return Outcome(json.loads(answer)["codes"], self._log.read_text(), items)
 
     def close(self) -> None:
         """End the server."""
@@ -191,6 +197,7 @@ def _be_a_rank(order: dict[str, Any], rank: int, port: int, counts: mmap.mmap) -
             resource.setrlimit(resource.RLIMIT_FSIZE, (order["max_file_bytes"],) * 2)
         if rank == 0:
             _count_places(counts)
+        _note_items(order["items"])
         sys.argv = ["lgpt", *order["words"]]
         from lgpt.cli import main
 
@@ -236,6 +243,28 @@ def _count_places(counts: mmap.mmap) -> None:
     counted(export, "write_safetensors", "convert")
     counted(export, "_write_descriptions", "describe")
     counted(export_folder, "_publish", "replace")
+
+
+def _note_items(path: str) -> None:
+    """Write down which pictures this rank trains on, one short append a micro batch."""
+    from lgpt.training.latent_batches import TrainingLatents
+    from lgpt.training.train_vqvae import VqvaeTask
+
+    notes = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def noted(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def note_and_call(self: Any, places: Any) -> Any:
+            order = self.order if owner is VqvaeTask else self._order
+            items = order.indices(int(places[0]), len(places)).tolist()
+            os.write(notes, (" ".join(map(str, items)) + "\n").encode())
+            return plain(self, places)
+
+        setattr(owner, name, note_and_call)
+
+    noted(VqvaeTask, "_training_images")
+    noted(TrainingLatents, "at")
 
 
 def _count(counts: mmap.mmap, place: str) -> int:
