@@ -8,8 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.linalg
 import tiny
+import torch
 from test_vqvae_validation import one_by_one
 
 WORKER = Path(__file__).with_name("two_ranks.py")
@@ -28,7 +31,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
         [*tiny.launcher(), str(WORKER), str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # of which a busy machine takes minutes to start two ranks
         check=False,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
@@ -106,3 +109,14 @@ def test_two_ranks_validate_as_one_picture_at_a_time(results, folder):
 
 def test_a_network_that_one_rank_lacks_is_used_by_none(results):
     assert [result["judges"] for result in results] == [[False, False]] * 2
+
+
+def test_features_that_ranks_share_are_as_far_apart_as_on_one(results):
+    means, covariances = [], []
+    for seed in (0, 1):
+        rows = torch.randn(31, 5, generator=torch.Generator().manual_seed(seed)).double().numpy()
+        means.append(rows.mean(0))
+        covariances.append(np.cov(rows, rowvar=False))
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    wanted = np.sum((means[0] - means[1]) ** 2) + np.trace(sum(covariances) - 2 * root)
+    assert [result["features"] for result in results] == pytest.approx([wanted] * 2, rel=1e-9)

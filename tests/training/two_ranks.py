@@ -23,6 +23,7 @@ from lgpt.engine import start
 from lgpt.engine.ranks import sum_over_ranks
 from lgpt.engine.start import start_process_group
 from lgpt.evaluation import judges
+from lgpt.evaluation.frechet import FeatureSums, frechet_distance
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
@@ -128,6 +129,19 @@ def figures_of_a_validation(home: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
+def features_shared_by_ranks() -> float:
+    """Frechet distance between two sets of rows, of which each rank saw every second one."""
+    both = []
+    for seed in (0, 1):
+        rows = torch.randn(31, 5, generator=torch.Generator().manual_seed(seed))
+        sums = FeatureSums(5, torch.device("cpu"))
+        for batch in rows.split(4):
+            sums.add(batch, torch.arange(len(batch)) % 2 == rank())
+        sums.add_over_ranks()
+        both.append(sums)
+    return frechet_distance(*both)
+
+
 def judges_that_only_rank_0_could_load() -> list[bool]:
     """Weights lie on the disk of rank 0's machine alone: both ranks must measure the same."""
     judges.missing_lpips_weights = lambda *_: None if rank() == 0 else "vgg.pth is not there"
@@ -159,6 +173,7 @@ def main() -> None:
         "stop": a_stop_and_a_refused_start_on_the_way(out),
         "budget": a_time_budget_on_ranks_of_different_speed(out),
         "validation": figures_of_a_validation(out),
+        "features": features_shared_by_ranks(),
         "judges": judges_that_only_rank_0_could_load(),
         "float32_products": a_machine_that_looks_fast_to_rank_1_only(),
     }
