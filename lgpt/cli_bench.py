@@ -56,6 +56,9 @@ def bench_train_command(
     memory_gib: Optional[float] = typer.Option(
         None, min=0.1, help="for --find-micro-batch; default on a CPU: 0.9 of what is free"
     ),
+    ranks: int = typer.Option(
+        1, min=1, help="processes (GPUs) of this machine; then communication is measured too"
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Measure a run's training step: rates, parts, memory, use of the device; needs no data.
@@ -73,6 +76,7 @@ def bench_train_command(
         with_peers=peers,
         find_micro_batch=find_micro_batch,
         memory_gib=memory_gib,
+        ranks=ranks,
     )
     print_table(train_table(result), result, as_json)
 

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 from typing import Any, Optional
 
@@ -25,6 +24,7 @@ from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import TransformerRun
 from lgpt.settings.training import BatchSettings
 from lgpt.training.bench_peers import PEERS
+from lgpt.training.bench_ranks import run_ranks
 from lgpt.training.bench_train_process import PARTS, product_shapes
 
 _log = get_logger(__name__)
@@ -40,8 +40,9 @@ def bench_train(
     with_peers: bool,
     find_micro_batch: bool,
     memory_gib: Optional[float],
+    ranks: int = 1,
 ) -> dict[str, Any]:
-    """Measure training steps of a run's transformer on random tokens and text, in one process.
+    """Measure training steps of a run's transformer on random tokens and text.
 
     Args:
         run: Transformer, blocks, precision, DeepSpeed config and `batch.micro_batch_images`.
@@ -51,11 +52,15 @@ def bench_train(
         with_peers: Also LlamaGen's text-to-image step and transformers' GPT2 with cross-attention.
         find_micro_batch: Double the micro batch as long as it fits, and measure the largest.
         memory_gib: Of the device, for `find_micro_batch`; default: what is free on a CPU.
+        ranks: Processes of ours on this machine, each with a micro batch: 8 on a node of 8 GPUs.
+            The peers always run as one.
 
     Returns:
         JSON values. `model_flops_utilisation` is the FLOPs of the model's products and attention a
-        second (causal attention counted by half) over this device's rate of the same products
-        alone. Nothing is sent in one process, so communication is not measured.
+        second and rank (causal attention counted by half) over this device's rate of the same
+        products alone. `communication_seconds` of ours is what all collectives of a step take one
+        after the other, measured in a step of its own: what overlaps with computing costs less. It
+        is 0 with one rank.
 
     Raises:
         OutOfMemoryError: Not even the smallest batch ran.
@@ -66,15 +71,18 @@ def bench_train(
     tried: list[dict[str, Any]] = []
     micro_batch = run.batch.micro_batch_images
     if find_micro_batch:
-        micro_batch, tried = _largest_micro_batch(run, config, words, memory_gib)
+        micro_batch, tried = _largest_micro_batch(run, config, words, memory_gib, ranks)
     parameters = latent_gpt_parameters(run.transformer, codes, side * side, text_width)
     names = ("lgpt", *(PEERS if with_peers else ()))
-    task = _task(run, config, micro_batch, words, steps)
+    task = _task(run, config, micro_batch, words, steps, ranks)
     seen, product_seconds = _measured_in_turns({**task, "parameters": parameters}, names, rounds)
     flops = model_flops(config, micro_batch, words)
     products_flops = _product_flops(config, micro_batch)
     rate = products_flops / statistics.median(product_seconds)
-    contestants = {name: _summary(runs, micro_batch, config) for name, runs in seen.items()}
+    contestants = {
+        name: _summary(runs, micro_batch * (ranks if name == "lgpt" else 1), config)
+        for name, runs in seen.items()
+    }
     ours = contestants["lgpt"]
     return {
         "name": run.name,
@@ -89,6 +97,7 @@ def bench_train(
         "precision": run.training.precision,
         "blocks": run.blocks.model_dump(),
         "threads": seen["lgpt"][0]["threads"],
+        "ranks": ranks,
         "rounds": rounds,
         "steps": steps,
         "model_flops": flops,
@@ -98,7 +107,7 @@ def bench_train(
         "ratios": {
             name: {
                 "images_per_second": statistics.median(
-                    _step_seconds(theirs) / _step_seconds(mine)
+                    ranks * _step_seconds(theirs) / _step_seconds(mine)
                     for mine, theirs in zip(seen["lgpt"], seen[name])
                 ),
                 "peak_bytes": ours["peak_bytes"] / contestants[name]["peak_bytes"],
@@ -122,16 +131,24 @@ def _measured_in_turns(
 
 
 def _task(
-    run: TransformerRun, config: LatentGPTConfig, micro_batch: int, words: int, steps: int
+    run: TransformerRun,
+    config: LatentGPTConfig,
+    micro_batch: int,
+    words: int,
+    steps: int,
+    ranks: int,
 ) -> dict[str, Any]:
-    one_step = BatchSettings(global_batch_images=micro_batch, micro_batch_images=micro_batch)
+    one_step = BatchSettings(
+        global_batch_images=micro_batch * ranks, micro_batch_images=micro_batch
+    )
     batched = run.model_copy(update={"batch": one_step})
     return {
         "what": "lgpt",
         "model": dataclasses.asdict(config),
         "blocks": run.blocks.model_dump(),
         "optimizer": run.optimizer.model_dump(),
-        "deepspeed": resolve_deepspeed_config(batched, 1),
+        "deepspeed": resolve_deepspeed_config(batched, ranks),
+        "ranks": ranks,
         "precision": run.training.precision,
         "dtype": "bfloat16" if run.training.precision == "bf16" else "float32",
         "micro_batch": micro_batch,
@@ -141,31 +158,39 @@ def _task(
 
 
 def _measured(task: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "lgpt.training.bench_train_process", json.dumps(task)]
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in launched}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode == 0:
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
+    """One contestant in processes of its own; of ours, times of rank 0 and the largest peak."""
+    ranks = task["ranks"] if task["what"] == "lgpt" else 1
+    codes, outs, errors = run_ranks(
+        [sys.executable, "-m", "lgpt.training.bench_train_process", json.dumps(task)], ranks
+    )
+    if not any(codes):
+        results = [json.loads(out.splitlines()[-1]) for out in outs]
+        peak = max(each.get("peak_bytes", 0) for each in results)
+        return {**results[0], "peak_bytes": peak} if peak else dict(results[0])
     words = f"{task['what']} with {task['micro_batch']} pictures"
+    code, told = next((code, error) for code, error in zip(codes, errors) if code)
     # The kernel ends a process that takes too much with signal 9.
-    if done.returncode == -9 or "OutOfMemoryError" in done.stderr or "memory" in done.stderr[-500:]:
+    if code == -9 or "OutOfMemoryError" in told or "memory" in told[-500:]:
         raise OutOfMemoryError(f"{words} did not fit; give a smaller batch.micro_batch_images=.")
-    told = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    raise SettingsError(f"{words} cannot be measured: {told}")
+    last = (told.strip().splitlines() or ["it said nothing"])[-1]
+    raise SettingsError(f"{words} cannot be measured: {last}")
 
 
 def _largest_micro_batch(
-    run: TransformerRun, config: LatentGPTConfig, words: int, memory_gib: Optional[float]
+    run: TransformerRun,
+    config: LatentGPTConfig,
+    words: int,
+    memory_gib: Optional[float],
+    ranks: int = 1,
 ) -> tuple[int, list[dict[str, Any]]]:
     """1, 2, 4, ...: on a CPU stopped before the next would take more than there is."""
     limit = memory_gib * _GIB if memory_gib is not None else _free_bytes()
     tried: list[dict[str, Any]] = []
     size = 1
-    while limit is None or _expected_bytes(tried, size) < limit:
+    processes = 1 if limit is None else ranks  # GPUs have a memory each
+    while limit is None or processes * _expected_bytes(tried, size) < limit:
         try:
-            peak = _measured(_task(run, config, size, words, 1))["peak_bytes"]
+            peak = _measured(_task(run, config, size, words, 1, ranks))["peak_bytes"]
         except OutOfMemoryError:
             break
         tried.append({"micro_batch": size, "peak_bytes": peak})
@@ -220,17 +245,18 @@ def _step_seconds(measured: dict[str, Any]) -> float:
     return statistics.median(sum(parts.values()) for parts in measured["parts"])
 
 
-def _summary(
-    runs: list[dict[str, Any]], micro_batch: int, config: LatentGPTConfig
-) -> dict[str, Any]:
+def _summary(runs: list[dict[str, Any]], images: int, config: LatentGPTConfig) -> dict[str, Any]:
     steps = [parts for measured in runs for parts in measured["parts"]]
     seconds = statistics.median(sum(parts.values()) for parts in steps)
     return {
         "step_seconds": seconds,
-        "images_per_second": micro_batch / seconds,
-        "tokens_per_second": micro_batch * config.num_tokens / seconds,
+        "images_per_second": images / seconds,
+        "tokens_per_second": images * config.num_tokens / seconds,
         "peak_bytes": max(measured["peak_bytes"] for measured in runs),
         **{f"{part}_seconds": statistics.median(p[part] for p in steps) for part in PARTS},
+        "communication_seconds": statistics.median(
+            measured.get("communication_seconds", 0.0) for measured in runs
+        ),
     }
 
 
@@ -239,8 +265,10 @@ def train_table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"Training step of {result['name']}: {result['parameters']:,} parameters, "
         f"{result['micro_batch']} pictures of {result['tokens_per_image']} tokens"
+        + (f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else "")
     )
-    columns = ("", "images/s", "tokens/s", "step s", *PARTS, "peak GiB", "images/s of ours")
+    parts = (*PARTS, "communication") if result["ranks"] > 1 else PARTS
+    columns = ("", "images/s", "tokens/s", "step s", *parts, "peak GiB", "images/s of ours")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, c in result["contestants"].items():
@@ -250,13 +278,17 @@ def train_table(result: dict[str, Any]) -> Table:
             f"{c['images_per_second']:.3f}",
             f"{c['tokens_per_second']:.0f}",
             f"{c['step_seconds']:.3f}",
-            *(f"{c[part + '_seconds']:.3f}" for part in PARTS),
+            *(f"{c[part + '_seconds']:.3f}" for part in parts),
             f"{c['peak_bytes'] / _GIB:.2f}",
             "" if ratio is None else f"{ratio:.2f}x",
         )
     table.caption = (
         f"model-FLOPs utilisation {result['model_flops_utilisation']:.1%} of "
         f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s of its matrix products alone; "
-        "one process, so nothing is sent"
+        + (
+            "one process, so nothing is sent"
+            if result["ranks"] == 1
+            else "communication: all collectives of a step one after the other"
+        )
     )
     return table

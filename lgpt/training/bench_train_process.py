@@ -16,7 +16,7 @@ from torch import Tensor
 from lgpt.core.distributed import seed_everything
 from lgpt.engine.blocks import apply_block_settings
 from lgpt.engine.build import build_engine, parameter_dtype
-from lgpt.engine.clock import seconds_when_done
+from lgpt.engine.clock import collectives_timed, seconds_when_done
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.start import afford_bf16, device_of_this_rank, start_process_group
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
@@ -73,11 +73,16 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     else:
         step = PeerStep(task["what"], config, task["parameters"], device)
     steps = [_one_step(step, task, config, device) for _ in range(1 + task["steps"])]
-    return {
+    result = {
         "parts": steps[1:],
         "peak_bytes": peak_bytes(device),
         "threads": torch.get_num_threads(),
     }
+    if task["what"] == "lgpt" and task["ranks"] > 1:
+        with collectives_timed() as seconds:
+            _one_step(step, task, config, device)
+        result["communication_seconds"] = seconds()
+    return result
 
 
 def _one_step(

@@ -106,3 +106,16 @@ def test_a_real_run_beside_its_peers(tmp_path: Path) -> None:
     assert 0 < result["model_flops_utilisation"] < 1
     assert set(result["ratios"]) == set(PEERS)
     assert bench.train_table(result).row_count == 3
+
+
+@pytest.mark.slow
+def test_two_ranks_are_measured_with_what_they_send(tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
+    run = load_run_settings(path, ["deepspeed=zero2_bf16"], environ={})
+    arguments = {"steps": 1, "rounds": 1, "words": 5, "with_peers": False}
+    arguments.update(find_micro_batch=False, memory_gib=None)
+    result = bench.bench_train(run, ranks=2, **arguments)
+    ours = result["contestants"]["lgpt"]
+    assert ours["images_per_second"] == pytest.approx(4 / ours["step_seconds"])
+    assert 0 < ours["communication_seconds"] < 100 * ours["step_seconds"]
+    assert "on each of 2 ranks" in str(bench.train_table(result).title)
