@@ -159,6 +159,9 @@ def open_vqvae(
 ) -> tuple[VQVAE, dict[str, Any]]:
     """As `open_guessed`; also a run folder of phase 2 without `model/`, or one of its checkpoints.
 
+    Of a checkpoint it takes what `lgpt convert` would: the average of the weights where there is
+    one.
+
     Raises:
         CheckpointError: The files are unusable, or no VQ-VAE.
         SettingsError: `source` is unknown.
@@ -172,7 +175,8 @@ def open_vqvae(
         converted = Path(folder) / "model"
         export = convert_run(place, converted)
         vqvae, result = open_guessed(str(converted), "custom", ddconfig)
-    told = f"a checkpoint of lgpt, step {export.step}"
+    average = ", the average of the weights" if export.is_average else ""
+    told = f"a checkpoint of lgpt, step {export.step}{average}"
     return vqvae, {**result, "checkpoint": checkpoint, "source_told_by": told, "weights": told}
 
 

@@ -20,6 +20,7 @@ from lgpt.checkpoint.export import convert_run
 from lgpt.checkpoint.standalone import export_model
 from lgpt.checkpoint.warm_start import load_first_weights
 from lgpt.core.errors import CheckpointError, SettingsError
+from lgpt.evaluation.vqvae_evaluation import open_vqvae
 from lgpt.models.latent_gpt import LatentGPT
 from lgpt.models.vqgan_import import load_vqvae
 from lgpt.models.vqvae import VQVAE
@@ -134,6 +135,14 @@ def test_validation_is_of_what_is_handed_on(runs):
     assert losses["last"] != pytest.approx(losses["average"], rel=1e-3)
     facts = json.loads((run_folder / "checkpoints" / f"step_{STEPS}" / "manifest.json").read_text())
     assert facts["facts"]["validation"]["weights"] == "average"
+
+
+def test_evaluation_of_a_checkpoint_takes_what_is_handed_on(runs):
+    step = runs["vqvae"] / "checkpoints" / f"step_{STEPS}"
+    vqvae, told = open_vqvae(str(step), None, None)
+    handed_on = load_vqvae("custom", str(runs["vqvae"]))
+    assert vqvae.weights_digest() == handed_on.weights_digest()
+    assert told["source_told_by"] == "a checkpoint of lgpt, step 4, the average of the weights"
 
 
 def test_a_transformers_average_is_converted_and_proven_by_its_own_logits(runs, folder, tmp_path):
