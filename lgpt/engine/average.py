@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from lgpt.engine.masters import master_vectors, write_masters_through
+from lgpt.engine.rows import set_rows
 
 _EXCHANGED_AT_A_TIME = 1 << 24  # elements: 64 MiB
 
@@ -76,6 +78,16 @@ class WeightAverage:
         self.updates = 0
         for average, master in zip(self._vectors, master_vectors(self._engine)):
             average.copy_(master)
+
+    def set_rows(
+        self,
+        parameter: nn.Parameter,
+        rows: Int[Tensor, " n"],
+        values: Float[Tensor, "n dim"],
+    ) -> None:
+        """Put rows into the average too, after `rows.set_rows` with the same. All ranks call it."""
+        with self.in_use():
+            set_rows(self._engine, parameter, rows, values)
 
     def state(self) -> AverageState:
         """What a checkpoint keeps of it: the living tensors, not copies."""

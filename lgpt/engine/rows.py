@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lgpt.core.distributed import rank
+from lgpt.engine.masters import master_vectors
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,20 +41,20 @@ def set_rows(
     if is_stage3:
         _set_stage3_part(parameter, is_new.flatten(), whole.flatten())
     else:
-        _set_fragment(engine.optimizer, parameter, is_new.flatten(), whole.flatten())
+        _set_fragment(engine, parameter, is_new.flatten(), whole.flatten())
     with GatheredParameters([parameter], modifier_rank=0, enabled=is_stage3):
         parameter[rows] = values.to(parameter)
 
 
-def _set_fragment(optimizer: Any, parameter: nn.Parameter, is_new: Tensor, whole: Tensor) -> None:
+def _set_fragment(engine: Any, parameter: nn.Parameter, is_new: Tensor, whole: Tensor) -> None:
     """Stages 1 and 2: this rank's piece of a group's flat master, where the parameter has one."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return
-    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    flat = master_vectors(engine)[mapping.param_group_index]
     # Not DeepSpeed's safe_set_full_optimizer_state: it (0.19.8) looks the moments up when the first
     # group has done its first step, so it never finds those of the second group.
-    state = optimizer.optimizer.state[flat]
+    state = engine.optimizer.optimizer.state[flat]
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
     is_new, whole = (all_of.narrow(0, there.start, there.numel) for all_of in (is_new, whole))
     _put(flat.detach().narrow(0, here.start, here.numel), is_new, whole)

@@ -100,11 +100,13 @@ def _train_from(
     if first_weights is not None:
         set_masters(task.engine, first_weights)
         del first_weights
+    decay = run.training.ema_decay
+    average = WeightAverage(task.engine, decay) if decay > 0 else None
+    if isinstance(task, VqvaeTask):
+        task.average = average  # restarted codes restart in it too
     if isinstance(task, VqvaeTask) and device.type == "cuda":
         refuse_what_does_not_fit(task.trial_batch, run.batch, device)
     seed_everything(run.seed, rank())
-    decay = run.training.ema_decay
-    average = WeightAverage(task.engine, decay) if decay > 0 else None
     progress = Progress() if resume is None else Progress(**load_resume(resume, task, average))
     if progress.task:
         task.load_state(progress.task)

@@ -15,6 +15,7 @@ from lgpt.core.distributed import is_rank_zero, rank, world_size
 from lgpt.data.image_batches import ImageBatches
 from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
+from lgpt.engine.average import WeightAverage
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
 from lgpt.engine.rows import set_rows
@@ -61,6 +62,7 @@ class VqvaeTask:
             self.model.freeze_tokens()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())  # ZeRO-3 empties them
         self.engine: Any = None
+        self.average: Optional[WeightAverage] = None  # of the engine's weights, where there is one
         self.perceptual: Optional[Lpips] = None
         if run.loss.perceptual != "none":
             dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
@@ -171,6 +173,8 @@ class VqvaeTask:
             quantize.place(unused, rows)
         else:
             set_rows(self.engine, quantize.embedding.weight, unused, rows)
+            if self.average is not None:
+                self.average.set_rows(quantize.embedding.weight, unused, rows)
         self.health.restarted(step, len(unused))
         return revived, len(unused)
 

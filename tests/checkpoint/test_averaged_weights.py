@@ -182,6 +182,40 @@ def test_another_run_starts_on_the_average_and_says_so(runs, caplog):
     assert "the moving average of its weights: all" in caplog.text
 
 
+def test_codes_that_restart_do_so_in_the_average_too(ranks, folder):
+    config = tiny_runs.write_run(
+        folder,
+        "restarts",
+        "vqvae",
+        deepspeed="zero2_bf16",
+        vqvae={"codebook_update": "gradient", "codebook_size": 64},
+        schedule={"warmup_steps": 1},
+        health={"codebook_window_tokens": 256, "least_codebook_usage": 0.9},  # 2 steps
+        training={"max_steps": 6, "ema_decay": 0.9},
+        checkpoint={"every_steps": 1, "keep_every": 1},
+    )
+    outcome = ranks.train(config)
+    assert outcome.codes == [0, 0], outcome.log[-3000:]
+    metrics = (folder / "runs" / "restarts" / "metrics.jsonl").read_text().splitlines()
+    restarted = {
+        line["step"]: int(line["restarted_codes"])
+        for line in map(json.loads, metrics)
+        if "restarted_codes" in line
+    }
+    assert restarted
+    for step, count in restarted.items():
+        before, after, average = (
+            merged_weights(
+                folder / "runs" / "restarts" / "checkpoints" / f"step_{at}" / "model",
+                of_average=of_average,
+            )["quantize.embedding.weight"]
+            for at, of_average in ((step - 1, False), (step, False), (step, True))
+        )
+        jumped = (after - before).abs().amax(dim=1) > 0.02  # ten times the learning rate
+        assert int(jumped.sum()) == count
+        assert torch.equal(average[jumped], after[jumped])
+
+
 def test_an_average_that_is_not_there_is_told(saves, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no moving average .* leave out --ema"):
         convert_run(saves.folder / "runs" / "phase2", tmp_path / "model", ema=True)

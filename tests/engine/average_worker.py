@@ -15,6 +15,7 @@ from torch import nn
 from lgpt.core.distributed import is_rank_zero, leave_process_group, rank, seed_everything
 from lgpt.engine.average import WeightAverage
 from lgpt.engine.build import build_engine
+from lgpt.engine.rows import set_rows
 from lgpt.engine.start import start_process_group
 from lgpt.settings.training import OptimizerSettings
 
@@ -111,6 +112,23 @@ def outputs_of(engine: Any) -> torch.Tensor:
     return outputs
 
 
+def set_rows_of(engine: Any, average: WeightAverage) -> dict[str, Any]:
+    """Rows of a cut matrix, in the weights and in their average, which is elsewhere before."""
+    step_of(engine, STEPS + 1)
+    parameter, rows = engine.module.last.weight, torch.tensor([0, 2])
+    values = torch.arange(14.0).view(2, 7) / 8  # exact in bf16
+    with average.in_use():
+        before = masters_of(engine)
+    raw = masters_of(engine)
+    set_rows(engine, parameter, rows, values)
+    average.set_rows(parameter, rows, values)
+    found = {"values": values, "average before": before, "before": raw}
+    found["after"], found["module"] = masters_of(engine), module_of(engine)
+    with average.in_use():
+        found["average after"], found["module in use"] = masters_of(engine), module_of(engine)
+    return found
+
+
 def run_case(stage: int, precision: str) -> dict[str, Any]:
     engine = make_engine(stage, precision)
     average = WeightAverage(engine, DECAY)
@@ -148,6 +166,7 @@ def run_case(stage: int, precision: str) -> dict[str, Any]:
         found["restarted"] = masters_of(engine)
     found["end"] = masters_of(engine)
 
+    found["rows"] = set_rows_of(engine, average)
     other = make_engine(stage, precision)  # the same steps without an average beside them
     for step in range(STEPS):
         step_of(other, step)

@@ -161,3 +161,19 @@ def test_a_rank_holds_its_share_and_takes_back_only_that(found, case):
     assert found[case]["share"] <= whole / 2 + 8  # padding
     assert found[case]["loaded"]
     assert "elements, the masters" in found[case]["refusal"]
+
+
+@pytest.mark.slow
+@every_case
+def test_rows_that_are_put_in_are_in_the_average_too_and_nothing_else_moves(found, case):
+    seen = found[case]["rows"]
+    for weights, module in (("", "module"), ("average ", "module in use")):
+        before, after = seen[f"{weights}before"], seen[f"{weights}after"]
+        expected = {name: tensor.clone() for name, tensor in before.items()}
+        expected["last.weight"] = expected["last.weight"].view(3, 7)
+        expected["last.weight"][[0, 2]] = seen["values"]
+        for name, tensor in expected.items():
+            assert torch.equal(after[name].view_as(tensor), tensor), name
+            assert torch.equal(seen[module][name], tensor.to(seen[module][name].dtype)), name
+    row = [seen[name]["last.weight"].view(3, 7)[1] for name in ("after", "average after")]
+    assert not torch.equal(*row)
