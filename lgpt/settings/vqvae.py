@@ -20,8 +20,9 @@ class VqvaeSettings(Section):
         False, description="unit-length codes and latents (LlamaGen: code_dim 8)"
     )
     codebook_update: Literal["gradient", "ema"] = Field(
-        "gradient",
-        description="how codes learn: by the codebook loss, or as moving averages of their latents",
+        "ema",
+        description="how codes learn: by the codebook loss, or as moving averages of their latents "
+        "(better on openmoji, README.md has the table)",
     )
     ema_decay: float = Field(0.99, gt=0, lt=1, description="only with codebook_update: ema")
     revive_dead_codes: bool = Field(
