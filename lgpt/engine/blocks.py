@@ -22,7 +22,9 @@ from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.latent_gpt import LatentGPT
-from lgpt.settings.blocks import BlockSettings
+from lgpt.models.vqvae import VQVAE
+from lgpt.models.vqvae_blocks import Level, Middle
+from lgpt.settings.blocks import BlockSettings, VqvaeBlockSettings
 
 _log = get_logger(__name__)
 
@@ -60,6 +62,22 @@ def apply_block_settings(model: LatentGPT, settings: BlockSettings) -> None:
         return block(*args)
 
     model.call_block = call
+
+
+def apply_vqvae_block_settings(model: VQVAE, settings: VqvaeBlockSettings) -> None:
+    """Set how `model` runs the parts of its encoder and decoder from now on."""
+    if settings.checkpointing == "none":
+        return
+
+    def call(part: nn.Module, x: torch.Tensor) -> Any:
+        # A frozen encoder runs without gradients, and validation too.
+        if torch.is_grad_enabled():
+            return checkpoint(part, x, use_reentrant=False)
+        return part(x)
+
+    for module in model.modules():
+        if isinstance(module, (Level, Middle)):
+            module.call_part = call
 
 
 def _checkpointed_call(settings: BlockSettings) -> Callable[..., Any]:

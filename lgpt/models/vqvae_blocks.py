@@ -6,6 +6,9 @@ Keys, paddings and the place of attention follow `taming/modules/diffusionmodule
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,8 +84,18 @@ class Upsample(nn.Module):
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def _call(part: nn.Module, x: Tensor) -> Tensor:
+    return part(x)
+
+
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution.
+
+    Attributes:
+        call_part: How a part is run; engine/blocks.py sets another way.
+    """
+
+    call_part: ClassVar[Callable[[nn.Module, Tensor], Tensor]] = staticmethod(_call)
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -91,11 +104,19 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for part in (self.block_1, self.attn_1, self.block_2):
+            x = self.call_part(part, x)
+        return x
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where the level has it."""
+    """One resolution: residual blocks, each followed by attention where the level has it.
+
+    Attributes:
+        call_part: As in `Middle`.
+    """
+
+    call_part: ClassVar[Callable[[nn.Module, Tensor], Tensor]] = staticmethod(_call)
 
     def __init__(
         self,
@@ -116,13 +137,13 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.block):
-            x = block(x)
+            x = self.call_part(block, x)
             if len(self.attn):
-                x = self.attn[index](x)
+                x = self.call_part(self.attn[index], x)
         if hasattr(self, "downsample"):
-            x = self.downsample(x)
+            x = self.call_part(self.downsample, x)
         if hasattr(self, "upsample"):
-            x = self.upsample(x)
+            x = self.call_part(self.upsample, x)
         return x
 
 

@@ -1,4 +1,4 @@
-"""How the transformer's blocks are run in training: what is kept, what is compiled."""
+"""How blocks are run in training: what is kept, what is compiled."""
 
 from __future__ import annotations
 
@@ -25,4 +25,14 @@ class BlockSettings(Section):
     )
     compile: bool = Field(
         False, description="torch.compile; needs a C++ compiler on CPUs, minutes at the start"
+    )
+
+
+class VqvaeBlockSettings(Section):
+    """Trades time for memory in phase 2; it changes nothing else."""
+
+    checkpointing: Literal["none", "full"] = Field(
+        "none",
+        description="full: what residual blocks, attention and resampling make inside is computed "
+        "again in the backward pass instead of being kept",
     )

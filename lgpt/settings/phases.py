@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Optional, Union
 
 from pydantic import Field
 
-from lgpt.settings.blocks import BlockSettings
+from lgpt.settings.blocks import BlockSettings, VqvaeBlockSettings
 from lgpt.settings.data import DataSettings
 from lgpt.settings.discriminator import DiscriminatorSettings
 from lgpt.settings.health import HealthSettings
@@ -104,6 +104,7 @@ class Phase2(_PhaseBase):
     phase: Literal[2] = 2
     finetuning: FinetuningSettings = FinetuningSettings()
     vqvae: VqvaeSettings = VqvaeSettings()
+    blocks: VqvaeBlockSettings = VqvaeBlockSettings()
     loss: VqvaeLossSettings = VqvaeLossSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     metrics: MetricSettings = MetricSettings()

@@ -16,6 +16,7 @@ from lgpt.data.image_batches import ImageBatches
 from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.average import WeightAverage
+from lgpt.engine.blocks import apply_vqvae_block_settings
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
 from lgpt.engine.rows import set_rows
@@ -60,6 +61,7 @@ class VqvaeTask:
         )
         if run.finetuning.trains == "decoder":
             self.model.freeze_tokens()
+        apply_vqvae_block_settings(self.model, run.blocks)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())  # ZeRO-3 empties them
         self.engine: Any = None
         self.average: Optional[WeightAverage] = None  # of the engine's weights, where there is one

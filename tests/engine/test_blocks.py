@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lgpt.engine.blocks import apply_block_settings
+from lgpt.engine.blocks import apply_block_settings, apply_vqvae_block_settings
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
-from lgpt.settings.blocks import BlockSettings
+from lgpt.models.vqvae import VQVAE, VQVAEConfig
+from lgpt.settings.blocks import BlockSettings, VqvaeBlockSettings
+from lgpt.settings.vqvae import VqvaeSettings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 import tiny
@@ -50,6 +52,40 @@ def gradients(mode: dict[str, Any]) -> tuple[list[torch.Tensor], int]:
         loss = model(tokens, text, targets=tokens, null_text=torch.tensor([True, False]))
     loss.backward()
     return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
+
+
+def vqvae_gradients(checkpointing: str) -> tuple[list[torch.Tensor], int]:
+    """As `gradients`, of a VQ-VAE with attention, shortcuts and dropout."""
+    torch.manual_seed(0)
+    shape = {"codebook_size": 32, "code_dim": 4, "z_channels": 32, "ch": 32, "resolution": 16}
+    levels = {"ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,), "dropout": 0.2}
+    model = VQVAE(VQVAEConfig.from_settings(VqvaeSettings(**shape, **levels))).train()
+    apply_vqvae_block_settings(model, VqvaeBlockSettings(checkpointing=checkpointing))
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(pictures)
+        losses = output.codebook_loss + output.commitment_loss
+        loss = (output.reconstruction - pictures).abs().mean() + losses
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
+
+
+def test_a_checkpointed_vqvae_has_the_same_gradients_and_keeps_less_than_half() -> None:
+    expected, kept_without = vqvae_gradients("none")
+    found, kept = vqvae_gradients("full")
+    assert len(found) == len(expected)
+    for mine, reference in zip(found, expected):
+        assert torch.equal(mine, reference)
+    assert kept < 0.5 * kept_without, (kept, kept_without)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

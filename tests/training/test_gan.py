@@ -65,6 +65,14 @@ CASES: dict[str, dict[str, Any]] = {
     if precision == "fp32" or (stage > 1 and recipe == "adaptive" and accumulation == 2)
 }
 
+# Checkpointing changes nothing, so these are compared with the same plain PyTorch.
+for _stage in (2, 3):
+    _like = CASES[f"adaptive-accumulation1-zero{_stage}-fp32"]
+    CASES[f"checkpointed-zero{_stage}-fp32"] = {
+        **_like,
+        "overrides": [*_like["overrides"], "blocks.checkpointing=full"],
+    }
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
