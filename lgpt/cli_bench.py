@@ -183,6 +183,21 @@ def bench_quantizers_command(
     print_table(quantizer_table(result), result, as_json)
 
 
+@bench_app.command("vqvae-step")
+def bench_vqvae_step_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    rounds: int = typer.Option(9, min=1, help="medians over so many rounds are given"),
+    as_json: bool = JSON,
+) -> None:
+    """Compare phase 2's whole step with the sum of its parts in plain PyTorch: host work."""
+    run = load_vqvae_run(config, overrides)
+    from lgpt.training.bench_vqvae_step import bench_vqvae_step, step_table
+
+    result = bench_vqvae_step(run, rounds=rounds)
+    print_table(step_table(result), result, as_json)
+
+
 @bench_app.command("convert")
 def bench_convert_command(
     checkpoint: Optional[Path] = typer.Argument(
