@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from lgpt.checkpoint.load import load_checkpoint
 from lgpt.checkpoint.manifest import Manifest, read_manifest
 from lgpt.checkpoint.resume_diff import (
     Choice,
@@ -19,7 +20,6 @@ from lgpt.checkpoint.resume_diff import (
     table_of,
     world_row,
 )
-from lgpt.checkpoint.store import load_checkpoint
 from lgpt.core.distributed import is_rank_zero, world_size
 from lgpt.core.errors import CheckpointError, LgptError, SettingsError
 from lgpt.core.logging import get_logger

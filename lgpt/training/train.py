@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 import torch
 
 from lgpt.checkpoint.export import convert_run
-from lgpt.checkpoint.store import find_whole_checkpoint
+from lgpt.checkpoint.load import find_whole_checkpoint
 from lgpt.checkpoint.warm_start import load_first_weights, load_foreign_vqvae
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
 from lgpt.core.errors import OutOfMemoryError, RankLostError, SettingsError

@@ -19,7 +19,7 @@ import tiny_models
 import torch
 from two_rank_saves import ds_config_of, live_moments, live_weights, make_engine, save, train
 
-from lgpt.checkpoint import elastic, store
+from lgpt.checkpoint import elastic, load
 from lgpt.checkpoint.convert import merged_weights
 from lgpt.core.distributed import barrier, is_rank_zero, rank
 from lgpt.core.errors import CheckpointError
@@ -47,7 +47,7 @@ def run_link(out: Path, number: int) -> dict[str, Any]:
         if number == 1:
             train(engine, 1)  # states that are there are written over
         average = WeightAverage(engine, 0.9)
-        state = store.load_checkpoint({"model": engine}, source, {"model": average})
+        state = load.load_checkpoint({"model": engine}, source, {"model": average})
         live = torch.load(out / case / "live.pt")
         if number == 0:  # saved without an average: from here on it is half the weights
             average.updates = 7
@@ -81,7 +81,7 @@ def load_before_the_first_step(out: Path) -> list[str]:
     """What differs in a VQ-VAE that two ranks saved as it was made, at ZeRO-2."""
     source = out / "runs" / "phase2" / "checkpoints" / "step_7"
     engine = build_engine(tiny_models.vqvae(seed=1), OptimizerSettings(), ds_config_of(3, "fp32"))
-    store.load_checkpoint({"model": engine}, source)
+    load.load_checkpoint({"model": engine}, source)
     assert all(not state for state in engine.optimizer.optimizer.state.values())
     return differing(live_weights(engine), merged_weights(source / "model"))
 
@@ -114,7 +114,7 @@ def refusal_of_a_wrong_bit(engine: Any, source: Path) -> str:
 
     elastic.write_masters_through = spread_a_wrong_one
     try:
-        store.load_checkpoint({"model": engine}, source)
+        load.load_checkpoint({"model": engine}, source)
         return "loaded"
     except CheckpointError as error:
         return str(error)

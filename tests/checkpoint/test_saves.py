@@ -13,10 +13,11 @@ from two_rank_saves import CASES
 
 from lgpt.checkpoint.checks import recorded_check
 from lgpt.checkpoint.folders import newest_checkpoint, verify
+from lgpt.checkpoint.load import load_checkpoint
 from lgpt.checkpoint.manifest import list_files, read_manifest
 from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.rng import capture_rng_state, restore_rng_state
-from lgpt.checkpoint.store import load_checkpoint, save_checkpoint
+from lgpt.checkpoint.store import save_checkpoint
 from lgpt.core.errors import CheckpointError
 
 pytestmark = pytest.mark.slow

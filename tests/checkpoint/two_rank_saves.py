@@ -20,7 +20,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from lgpt.checkpoint import store
+from lgpt.checkpoint import load, store
 from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.warm_start import load_first_weights
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything
@@ -168,7 +168,7 @@ def run_case(stage: int, precision: str, run_folder: Path) -> dict[str, Any]:
     straight = train(engine, 3)
     other = make_engine(stage, precision, seed=2)
     train(other, 1)
-    state = store.load_checkpoint({"model": other}, folder)
+    state = load.load_checkpoint({"model": other}, folder)
     resumed = train(other, 3)
     same = all(
         torch.equal(mine, its)
@@ -223,7 +223,7 @@ def start_warm(source: Path) -> dict[str, torch.Tensor]:
 
 def refusal(engines: dict[str, Any], folder: Path) -> str:
     try:
-        store.load_checkpoint(engines, folder)
+        load.load_checkpoint(engines, folder)
     except CheckpointError as error:
         return str(error)
     return "loaded"
@@ -273,7 +273,7 @@ def main() -> None:
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
     barrier()
-    results["damaged"] = str(store.find_whole_checkpoint(out / "zero3_bf16"))
+    results["damaged"] = str(load.find_whole_checkpoint(out / "zero3_bf16"))
     (out / f"results_{rank()}.json").write_text(json.dumps(results))
     barrier()
 

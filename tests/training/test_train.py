@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from lgpt.checkpoint import store
+from lgpt.checkpoint import load
 from lgpt.checkpoint.manifest import Manifest
 from lgpt.core.errors import OutOfMemoryError
 from lgpt.settings.run import load_run_settings
@@ -23,7 +23,7 @@ def run_out_of_memory(*_: Any, **__: Any) -> NoReturn:
 
 
 def load_into_a_full_device(*_: Any) -> None:
-    store._load_engine(SimpleNamespace(load_checkpoint=run_out_of_memory), Path("step_4"), "model")
+    load._load_engine(SimpleNamespace(load_checkpoint=run_out_of_memory), Path("step_4"), "model")
 
 
 @pytest.mark.parametrize(
