@@ -97,6 +97,26 @@ def bench_loader_command(
     print_table(loader_table(result), result, as_json)
 
 
+@bench_app.command("save")
+def bench_save_command(
+    config: str = CONFIG,
+    overrides: Optional[list[str]] = OVERRIDES,
+    steps: int = typer.Option(10, min=2, help="steps a measurement, with one save in it"),
+    rounds: int = typer.Option(5, min=1, help="medians over so many rounds are given"),
+    words: int = typer.Option(20, min=1, help="text tokens a picture"),
+    work: Path = typer.Option(
+        Path("bench_save"), help="scratch folder on the disk that is meant; removed at the end"
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Measure what a checkpoint costs: waited for, or in the background; needs no data."""
+    run = load_transformer_run(config, overrides)
+    from lgpt.training.bench_save import bench_save, save_table
+
+    result = bench_save(run, steps=steps, rounds=rounds, words=words, work=work)
+    print_table(save_table(result), result, as_json)
+
+
 @bench_app.command("sample")
 def bench_sample_command(
     config: str = CONFIG,

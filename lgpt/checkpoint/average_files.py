@@ -55,15 +55,20 @@ def takes_average(engine_folder: Path, wanted: Optional[bool] = None) -> bool:
     return is_there if wanted is None else wanted
 
 
-def write_average(state: AverageState, engine_folder: Path, rank: int) -> None:
-    """Write one rank's average; the manifest lists it as any other file."""
-    content = {
+def average_content(state: AverageState) -> dict[str, object]:
+    """What the file of one rank holds."""
+    return {
         "format": _FORMAT,
         "decay": state.decay,
         "updates": state.updates,
-        "vectors": [vector.detach().cpu() for vector in state.vectors],
+        "vectors": [vector.detach() for vector in state.vectors],
     }
-    torch.save(content, average_file(engine_folder, rank))
+
+
+def write_average(state: AverageState, engine_folder: Path, rank: int) -> None:
+    """Write one rank's average; the manifest lists it as any other file."""
+    on_cpu = state._replace(vectors=[vector.cpu() for vector in state.vectors])
+    torch.save(average_content(on_cpu), average_file(engine_folder, rank))
 
 
 def read_average(engine_folder: Path, rank: int) -> AverageState:

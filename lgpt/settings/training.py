@@ -87,6 +87,12 @@ class CheckpointSettings(Section):
         description="what a full disk between two steps does: end the run (the old checkpoints are "
         "whole), or train on and try again at the next save; the last save must work",
     )
+    asynchronous: bool = Field(
+        False,
+        description="train on while a checkpoint is written: takes CPU memory for one copy of this "
+        "rank's states (on GPUs pinned), and a kill before it is written, some steps later, goes "
+        "back to the one before; the last save, and the one after a signal, always wait",
+    )
     resume: Literal["config", "checkpoint", "ask"] = Field(
         "config",
         description="whose optimizer, schedule and batch hold when a run goes on and the two "

@@ -7,18 +7,14 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import NoReturn, Optional
 
 import torch
 from tqdm import tqdm
 
 from lgpt.checkpoint.folders import newest_checkpoint, set_aside_after
-from lgpt.checkpoint.retention import Keep
-from lgpt.checkpoint.store import save_checkpoint
 from lgpt.core.distributed import barrier, is_rank_zero
-from lgpt.core.errors import CheckpointError, DivergedError, StoppedEarly
+from lgpt.core.errors import DivergedError, StoppedEarly
 from lgpt.core.logging import get_logger
 from lgpt.engine.average import WeightAverage, averaged_weights
 from lgpt.engine.build import gradient_norm, set_learning_rate
@@ -26,20 +22,13 @@ from lgpt.engine.memory import peak_bytes
 from lgpt.engine.ranks import broadcast_from_rank_zero, max_over_ranks, mean_over_ranks
 from lgpt.settings.phases import RunSettings
 from lgpt.tracking.run_tracker import RunTracker
-from lgpt.training.facts import checkpoint_facts, checkpoint_logits
 from lgpt.training.run_progress import Progress
+from lgpt.training.saving import Saver
 from lgpt.training.schedule import learning_rate_at
 from lgpt.training.stop_signals import StopSignals
 from lgpt.training.task import TrainingTask
 
 _MOST_SKIPPED_STEPS = 10  # in a row
-_COMPANIONS = (
-    "config.yaml",
-    "ds_source.json",
-    "ds_config.json",
-    "model_config.json",
-    "warm_start.json",
-)
 
 _log = get_logger(__name__)
 
@@ -68,7 +57,7 @@ def run_training(
         while not loop.is_finished():
             stopped_by = loop.one_step(signals)
             if stopped_by is not None and not loop.is_finished():
-                loop.save()
+                loop.saver.save()
                 loop.close()
                 barrier()  # the launcher ends all ranks as soon as one exits with a code
                 raise StoppedEarly(
@@ -94,12 +83,10 @@ class _Loop:
         self.window: list[Mapping[str, float]] = []
         # Training alone: validation, pictures and saves are not in it.
         self.window_started_after_seconds = progress.elapsed_seconds
-        # A run that goes on has just been loaded from the checkpoint of its step.
-        self.saved_step: Optional[int] = progress.step if progress.step > 0 else None
         # The last step whose weights gave a finite loss and gradient: one behind until they did.
         self.proven_step = progress.step - 1
         self.skipped_steps = 0
-        self.companions = _read_companions(run.run_folder)
+        self.saver = Saver(run, task, tracker, progress, average)
         on_terminal = is_rank_zero() and sys.stderr.isatty()
         self.bar = tqdm(
             total=run.training.max_steps,
@@ -148,6 +135,7 @@ class _Loop:
                 "has_diverged": float(bool(self._not_finite(metrics))),
                 "is_skipped": float(any(math.isinf(metrics[name]) for name in _norms(metrics))),
                 "elapsed_seconds": self.progress.elapsed_seconds,
+                "is_writing": float(self.saver.is_writing),
             },
             self.device,
         )
@@ -158,6 +146,8 @@ class _Loop:
                 f"{names[0]} is not finite at step {self.progress.step + 1} (on this rank {here}; "
                 f"gradient norm {metrics['gradient_norm']})"
             )
+        if not agreed["is_writing"]:
+            self.saver.settle()  # what all ranks have written becomes a checkpoint
         stopped_by = signal.Signals(int(agreed["signal"])).name if agreed["signal"] else None
         self._count_skipped(agreed["is_skipped"] > 0)
         self.progress.elapsed_seconds = agreed["elapsed_seconds"]
@@ -175,7 +165,7 @@ class _Loop:
             is_last = self.is_finished()
         # A skipped step changed nothing, and its save would push a better one out of keep_last.
         if (_due(step, self.run.checkpoint.every_steps) and not self.skipped_steps) or is_last:
-            self.save() if is_last else self._save_on_the_way()
+            self.saver.save() if is_last else self.saver.save_on_the_way()
         if _due(step, training.sample_every) or is_last:
             self._draw()
         return stopped_by
@@ -208,6 +198,7 @@ class _Loop:
 
     def _diverged(self, what: str) -> NoReturn:
         """Set the checkpoints aside whose weights led here, and raise on all ranks."""
+        self.saver.abandon()
         self._record({"health_not_finite_loss": 1.0})
         place = self._set_aside_unproven() if is_rank_zero() else ""
         self.close("FAILED")
@@ -297,51 +288,6 @@ class _Loop:
         except OSError as error:
             _log.warning("pictures of step %d cannot be written: %s", self.progress.step, error)
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one already."""
-        run, step = self.run, self.progress.step
-        if self.saved_step == step:
-            return
-        save_checkpoint(
-            self.task.engines(),
-            run.run_folder,
-            step,
-            trainer_state={**asdict(self.progress), "task": self.task.state()},
-            keep=Keep(
-                run.checkpoint.keep_last, run.checkpoint.keep_every, run.checkpoint.keep_best
-            ),
-            extra_files={**self.companions, **checkpoint_logits(self.task, self.average)},
-            facts=self._facts() if is_rank_zero() else {},
-            averages={} if self.average is None else {"model": self.average},
-        )
-        self.saved_step = step
-
-    def _save_on_the_way(self) -> None:
-        """A save that the next one can make up for, where the config says so."""
-        try:
-            self.save()
-        except CheckpointError as error:  # on all ranks
-            if self.run.checkpoint.on_failed_save == "stop":
-                raise
-            if is_rank_zero():
-                _log.warning(
-                    "%s. Training goes on (checkpoint.on_failed_save: continue); a kill before the "
-                    "next save, after %d more steps, loses all steps since %s.",
-                    error,
-                    self.run.checkpoint.every_steps,
-                    newest_checkpoint(self.run.run_folder),
-                )
-
-    def _facts(self) -> dict[str, Any]:
-        progress, name = self.progress, f"val_{self.task.main_loss}"
-        facts = checkpoint_facts(self.run, self.task, progress.step)
-        facts["mlflow_run_id"] = None if self.tracker is None else self.tracker.mlflow_run_id
-        if progress.validated_step == progress.step:
-            weights = "last" if self.average is None else "average"
-            loss = progress.validation[name]
-            facts["validation"] = {"name": name, "loss": loss, "weights": weights}
-        return facts
-
     def _record(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None:
             self.tracker.log(self.progress.step, dict(metrics))
@@ -352,18 +298,8 @@ class _Loop:
             self.tracker.finish(status)
 
     def finish(self) -> None:
-        self.save()
+        self.saver.save()
         self.close("FINISHED")
-
-
-def _read_companions(run_folder: Path) -> dict[str, str]:
-    """What lies beside the weights in every checkpoint, as this start wrote it; only on rank 0."""
-    if not is_rank_zero():
-        return {}
-    # ds_source.json is there only where the user's own JSON was named, warm_start.json only with
-    # init_from.
-    there = [name for name in _COMPANIONS if (run_folder / name).exists()]
-    return {name: (run_folder / name).read_text() for name in there}
 
 
 def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from lgpt.settings.phases import RunSettings
 from lgpt.settings.run import load_run_settings
 from lgpt.tracking.metrics_file import MetricsFile, read_metrics
 from lgpt.tracking.run_tracker import RunTracker
-from lgpt.training import loop
+from lgpt.training import saving
 from lgpt.training.loop import run_training
 from lgpt.training.run_progress import Progress
 
@@ -92,7 +92,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> CountingTask:
         counting.asked.append("save")
         return store.save_checkpoint({}, run_folder, step, **rest)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(saving, "save_checkpoint", save)
     return counting
 
 
