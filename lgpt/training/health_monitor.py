@@ -135,9 +135,26 @@ class HealthMonitor:
             f"the last {settings.codebook_window_tokens:,} tokens used only {event.value:.1%} of "
             f"{vqvae.codebook_size} codes (health.least_codebook_usage "
             f"{settings.least_codebook_usage:.0%}). {done} If it comes back: "
-            "vqvae.codebook_update=ema with revive_dead_codes, l2_normalized_codes with code_dim "
-            "8, loss.entropy_weight=0.05, or a smaller vqvae.codebook_size."
+            f"{self._remedies()}."
         )
+
+    def _remedies(self) -> str:
+        """What keeps codes in use, of that which the run does not have yet."""
+        vqvae, loss = self._run.vqvae, self._run.loss
+        wanted = [
+            ("vqvae.codebook_update=ema", vqvae.codebook_update != "ema"),
+            (
+                "vqvae.revive_dead_codes=true",
+                vqvae.codebook_update == "ema" and not vqvae.revive_dead_codes,
+            ),
+            (
+                "vqvae.l2_normalized_codes=true with vqvae.code_dim=8",
+                not vqvae.l2_normalized_codes,
+            ),
+            ("loss.entropy_weight=0.05", loss.entropy_weight == 0),
+            ("a smaller vqvae.codebook_size", True),
+        ]
+        return ", ".join(text for text, is_lacking in wanted if is_lacking)
 
     def _win_words(self, event: Event) -> str:
         settings, player = self._run.health, self._run.discriminator

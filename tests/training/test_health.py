@@ -143,6 +143,7 @@ def test_each_episode_is_warned_of_once_with_its_numbers_and_what_to_do(tmp_path
     )
     assert "health.least_codebook_usage 20%" in collapse
     assert "loss.entropy_weight=0.05" in collapse
+    assert "codebook_update" not in collapse, "the run has moving averages already"
     assert win.startswith("discriminator_wins at step 5: the discriminator's hinge loss was 0.050")
     assert "discriminator.learning_rate_ratio (now 1)" in win
     assert all(("health.respond: false" in text) != respond for text in warnings)
