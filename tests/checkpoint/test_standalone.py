@@ -92,9 +92,7 @@ def test_what_cannot_be_exported_is_told(saves, named, tmp_path):
     with pytest.raises(CheckpointError, match=r"no text-to-image model \(pipeline.json is missing"):
         export_model(vqvae, tmp_path / "out")
     model = convert_run(named, tmp_path / "model").folder
-    with pytest.raises(
-        SettingsError, match="model folder already: --dtype, --tag and --ema are for"
-    ):
+    with pytest.raises(SettingsError, match=r"already: --dtype, --tag and --ema are for"):
         export_model(model, tmp_path / "out", dtype="bf16")
     (model / "export.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"export\.json is damaged"):
