@@ -18,6 +18,7 @@ from lgpt.core.distributed import is_launched, is_rank_zero, local_rank
 from lgpt.core.logging import get_logger
 from lgpt.engine.memory import keep_freed_memory
 from lgpt.engine.ranks import broadcast_from_rank_zero
+from lgpt.models.packed_linear import onednn_multiplies_bf16
 
 _log = get_logger(__name__)
 
@@ -168,7 +169,10 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether this device multiplies bf16 in hardware, or at least as if it did."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type != "cpu" or _slowdown_of_bf16() < _SLOWER_THAN_FLOAT32
+    if device.type != "cpu":
+        return True
+    # A busy core can make float32 look slow; oneDNN knows what the CPU has.
+    return onednn_multiplies_bf16() and _slowdown_of_bf16() < _SLOWER_THAN_FLOAT32
 
 
 def _slowdown_of_bf16() -> float:

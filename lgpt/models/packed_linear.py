@@ -65,7 +65,8 @@ def pack_for_decoding(model: nn.Module) -> bool:
     to another device.
 
     Returns:
-        False, and nothing done, where this build of PyTorch has no oneDNN.
+        False, and nothing done, where this build of PyTorch has no oneDNN, or oneDNN no bf16
+        products for this CPU and the model is in bf16.
     """
     if not (
         torch.backends.mkldnn.is_available()
@@ -74,11 +75,27 @@ def pack_for_decoding(model: nn.Module) -> bool:
     ):
         _logger.info("sampling: this PyTorch has no oneDNN, so its products stay as they are")
         return False
+    is_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    if is_bf16 and not onednn_multiplies_bf16():
+        _logger.info(
+            "sampling: oneDNN has no bf16 products for this CPU, so they stay as they are; float32 "
+            "is much faster here (dtype fp32)"
+        )
+        return False
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, (nn.Linear, TokenHead)):
                 setattr(module, name, _packed(child))
     return True
+
+
+def onednn_multiplies_bf16() -> bool:
+    """Whether oneDNN has bf16 products for this CPU (AVX-512 or AVX-NE-CONVERT on x86).
+
+    True also where this build of PyTorch does not tell.
+    """
+    tells = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return tells is None or bool(tells())
 
 
 def _packed(layer: Union[nn.Linear, TokenHead]) -> PackedLinear:

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lgpt.models import packed_linear
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.packed_linear import PackedLinear, pack_for_decoding
 from lgpt.sampling.generate import generate_tokens
 
 SHAPES = [(96, 64), (64, 512), (1000, 48)]
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not packed_linear.onednn_multiplies_bf16(), reason="oneDNN: no bf16 for this CPU"
+        ),
+    ),
+]
 
 
 def _operands(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -22,7 +32,7 @@ def _operands(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_product_is_linear_s(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, x = _operands(*shape, dtype)
     packed = PackedLinear(weight)
@@ -36,7 +46,7 @@ def test_the_product_is_linear_s(shape: tuple[int, int], dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_company(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, x = _operands(*shape, dtype)
     packed = PackedLinear(weight)
@@ -53,7 +63,7 @@ def _model(dtype: torch.dtype) -> LatentGPT:
     return model.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_packed_model_s_pictures_are_the_same_in_any_batch_bit_for_bit(
     dtype: torch.dtype,
 ) -> None:
@@ -68,6 +78,21 @@ def test_a_packed_model_s_pictures_are_the_same_in_any_batch_bit_for_bit(
             model, text[first:last], mask[first:last], seeds=range(first, last), **choices
         )
         assert torch.equal(part, together[first:last])
+
+
+def test_in_bf16_a_cpu_without_its_products_draws_unpacked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packing raises on one with AVX2 alone; the model must stay as it was."""
+    monkeypatch.setattr(packed_linear, "onednn_multiplies_bf16", lambda: False)
+    with caplog.at_level("INFO", "lgpt"):
+        model = _model(torch.bfloat16)
+        assert not pack_for_decoding(model)
+    assert any(isinstance(module, nn.Linear) for module in model.modules())
+    assert "oneDNN has no bf16 products for this CPU" in caplog.text
+    drawn = generate_tokens(model, torch.randn(2, 5, 8).bfloat16(), None, seeds=range(2))
+    assert drawn.shape == (2, 4, 4)
+    assert pack_for_decoding(_model(torch.float32))
 
 
 def test_a_packed_model_means_and_saves_what_it_meant_before() -> None:
