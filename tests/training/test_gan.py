@@ -219,6 +219,16 @@ def distance(got: dict[str, Any], wanted: dict[str, Any], start: dict[str, Any])
 
 # Relative; what was seen is printed by the tests, shown by `pytest -rP`.
 FLOAT32_TOLERANCE, BF16_NOISE = 1e-3, 0.7
+# The adaptive weight is a quotient of gradients, and a decision of a hinge or of |x| that falls the
+# other way goes on through it: plain PyTorch on one thread and on two ends up to 1.4e-3 apart
+# (AVX2; 1e-4 with a fixed weight), two ranks up to 5.5e-3 from either.
+ADAPTIVE_TOLERANCE = 2e-2
+
+
+def tolerance_of(name: str) -> float:
+    if not name.endswith("fp32"):
+        return BF16_NOISE
+    return FLOAT32_TOLERANCE if name.startswith("fixed") else ADAPTIVE_TOLERANCE
 
 
 @pytest.mark.parametrize("player", ["model", "discriminator"])
@@ -229,7 +239,7 @@ def test_both_players_end_where_plain_pytorch_ends(zero, plain, name, player):
     wanted, start = reference.weights()[player], reference.start[player]
     got = distance(zero[name]["weights"][player], wanted, start)
     print(f"{name} {player}: {got:.1e} of the way apart")
-    assert got < (FLOAT32_TOLERANCE if name.endswith("fp32") else BF16_NOISE)
+    assert got < tolerance_of(name)
 
 
 @pytest.mark.parametrize("player", ["model", "discriminator"])
@@ -249,11 +259,11 @@ def test_the_logged_balance_is_that_of_plain_pytorch(zero, plain, name):
         assert ("discriminator_loss" in got) == (step >= START - WARMUP)
         # Metrics are this rank's own means, except the weight, which all ranks share.
         for key in wanted.keys() & {"adversarial_weight"}:
-            assert got[key] == pytest.approx(wanted[key], rel=1e-3)
+            assert got[key] == pytest.approx(wanted[key], rel=tolerance_of(name))
 
 
 def test_the_recipes_differ_enough_to_tell_them_apart(plain):
     fixed, adaptive = plain["fixed", 1], plain["adaptive", 1]
     for player in ("model", "discriminator"):
         apart = distance(fixed.weights()[player], adaptive.weights()[player], fixed.start[player])
-        assert apart > 10 * FLOAT32_TOLERANCE, player
+        assert apart > 2 * ADAPTIVE_TOLERANCE, player

@@ -94,11 +94,11 @@ def companions_of(run: RunSettings) -> list[str]:
 
 
 def a_stop_and_a_refused_start_on_the_way(home: Path) -> dict[str, Any]:
-    """Rank 1 is told to stop after step 3; a start with another ZeRO stage comes in between."""
+    """Rank 1 is told to stop after step 3; a start in another precision comes in between."""
     endings = [ending_of(run_of(home, "straight")), ending_of(run_of(home, "stopped"))]
     run = run_of(home, "stopped")
     written = companions_of(run)
-    endings.append(ending_of(run_of(home, "stopped", "deepspeed=zero3_bf16", "seed=5")))
+    endings.append(ending_of(run_of(home, "stopped", "training.precision=bf16", "seed=5")))
     untouched = companions_of(run) == written
     barrier()
     endings.append(ending_of(run))
