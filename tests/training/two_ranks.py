@@ -106,7 +106,7 @@ def a_stop_and_a_refused_start_on_the_way(home: Path) -> dict[str, Any]:
 
 
 def a_time_budget_on_ranks_of_different_speed(home: Path) -> dict[str, Any]:
-    training = {**tiny.training(1000), "max_minutes": 0.02, "validate_every": 0}
+    training = {**tiny.training(1000), "max_minutes": 0.06, "validate_every": 0}
     ending = ending_of(run_of(home, "budget", training=training))
     return {"ending": ending, "steps": STEPS_TAKEN["budget"]}
 
