@@ -27,7 +27,7 @@ from lgpt.engine.start import device_of_this_rank
 from lgpt.evaluation.judges import Judges, find_judges
 from lgpt.evaluation.picture_page import Shown, write_picture_page
 from lgpt.evaluation.reconstruction_scores import ReconstructionScores
-from lgpt.evaluation.vqvae_inspection import open_guessed
+from lgpt.evaluation.vqvae_inspection import open_guessed, side_of_pictures
 from lgpt.models.vqvae import VQVAE
 from lgpt.settings.data import DataSettings
 from lgpt.settings.run import load_run_settings
@@ -110,7 +110,7 @@ def evaluate_vqvae(
     """
     dataset, configured_side, told = _open_pictures(checkpoint, pictures)
     vqvae, result = open_vqvae(checkpoint, source, ddconfig)
-    side = _side(pictures.resolution or configured_side, vqvae)
+    side = side_of_pictures(pictures.resolution or configured_side, vqvae)
     device = device_of_this_rank()
     keep_freed_memory(device)
     judges = find_judges(
@@ -221,17 +221,6 @@ def _config_of_run(place: Path) -> Optional[str]:
         if (folder / "config.yaml").is_file() and (folder / "model_config.json").is_file():
             return str(folder / "config.yaml")
     return None
-
-
-def _side(wanted: Optional[int], vqvae: VQVAE) -> int:
-    factor = vqvae.downsample_factor
-    side = wanted or max(factor, vqvae.config.resolution // factor * factor)
-    if side % factor:
-        raise SettingsError(
-            f"--resolution {side} must be a multiple of the downsample factor {factor}; use "
-            f"{max(1, side // factor) * factor} or {(side // factor + 1) * factor}."
-        )
-    return side
 
 
 class _Evaluation:

@@ -89,13 +89,7 @@ def inspect_vqvae(
     vqvae, result = open_guessed(checkpoint, source, ddconfig)
     if images is None:
         return result
-    factor = vqvae.downsample_factor
-    side = resolution or max(factor, vqvae.config.resolution // factor * factor)
-    if side % factor:
-        raise SettingsError(
-            f"--resolution {side} must be a multiple of the downsample factor {factor}; use "
-            f"{max(1, side // factor) * factor} or {(side // factor + 1) * factor}."
-        )
+    side = side_of_pictures(resolution, vqvae)
     inputs, found = _read_pictures(images, side, max_images)
     ranges, reconstructions = _both_ranges(vqvae, inputs)
     best = max(ranges, key=lambda name: float(ranges[name]["psnr_db"]))
@@ -105,7 +99,7 @@ def inspect_vqvae(
         "images": len(inputs),
         "images_found": found,
         "resolution": side,
-        "tokens": len(inputs) * (side // factor) ** 2,
+        "tokens": len(inputs) * (side // vqvae.downsample_factor) ** 2,
         "ranges": ranges,
         "input_range": vqvae.config.input_range,
         "better_range": best,
@@ -121,6 +115,22 @@ def inspect_vqvae(
             ranges[vqvae.config.input_range]["psnr_db"],
         )
     return result
+
+
+def side_of_pictures(wanted: Optional[int], vqvae: VQVAE) -> int:
+    """Pixels a side that pictures are cut to; None takes the VQ-VAE's own.
+
+    Raises:
+        SettingsError: The downsample factor does not divide it.
+    """
+    factor = vqvae.downsample_factor
+    side = wanted or max(factor, vqvae.config.resolution // factor * factor)
+    if side % factor:
+        raise SettingsError(
+            f"--resolution {side} must be a multiple of the downsample factor {factor}; use "
+            f"{max(1, side // factor) * factor} or {(side // factor + 1) * factor}."
+        )
+    return side
 
 
 def _read_pictures(images: Path, side: int, most: int) -> tuple[Tensor, int]:
