@@ -67,7 +67,7 @@ def start_process_group() -> torch.device:
     if not is_launched():
         # A free port of our own: two commands on one machine must not meet.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     deepspeed = load_deepspeed()
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -77,7 +77,8 @@ def start_process_group() -> torch.device:
     return device
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
     import socket
 
     with socket.socket() as probe:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+
+from lgpt.engine.start import free_port
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -28,7 +29,7 @@ def run_ranks(command: Sequence[str], ranks: int) -> tuple[list[int], list[str],
             tuple(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             for _ in range(ranks)
         ]
-        port = _free_port()
+        port = free_port()
         running = [
             subprocess.Popen(
                 command,
@@ -58,12 +59,6 @@ def run_ranks(command: Sequence[str], ranks: int) -> tuple[list[int], list[str],
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
     values = (rank, rank, ranks, "127.0.0.1", port)
     return {name: str(value) for name, value in zip(_LAUNCHED, values)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _all_of(file: object) -> str:
