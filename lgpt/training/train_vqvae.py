@@ -142,9 +142,9 @@ class VqvaeTask:
             world=world_size(),
         ):
             images = self._training_images(places)
-            output = self.engine(images)
-            parts.append(self._micro_step(images, output, step))
-            counts += torch.bincount(output.tokens.flatten(), minlength=len(counts))
+            tokens, losses = self.micro_step(images, step)
+            parts.append(losses)
+            counts += torch.bincount(tokens.flatten(), minlength=len(counts))
         counts = sum_over_ranks(counts).cpu()
         self.health.take_codes(step, counts.numpy())
         metrics = _means(parts)
@@ -190,10 +190,15 @@ class VqvaeTask:
         mine = {"hinge_loss": metrics["hinge_loss"]}
         return mean_over_ranks(mine, self.device)["hinge_loss"]
 
-    def _micro_step(
-        self, images: torch.Tensor, output: VQVAEOutput, step: int
-    ) -> dict[str, torch.Tensor]:
-        """Backward and step of the VQ-VAE, then of the discriminator; losses for the log."""
+    def micro_step(
+        self, images: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward, backward and step of the VQ-VAE, then of the discriminator.
+
+        Returns:
+            The pictures' tokens, and losses for the log.
+        """
+        output = self.engine(images)
         loss, seen, parts = self._vqvae_loss(images, output, step)
         self.engine.backward(loss)
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
@@ -203,7 +208,7 @@ class VqvaeTask:
                 parts.update(self.adversary.learn(images, seen.detach(), learning_rate))
             else:
                 parts.update(self.adversary.rest(images, seen.detach()))
-        return {name: part.detach().float() for name, part in parts.items()}
+        return output.tokens, {name: part.detach().float() for name, part in parts.items()}
 
     def _vqvae_loss(
         self, images: torch.Tensor, output: VQVAEOutput, step: int
