@@ -210,7 +210,9 @@ def bench_vqvae_step_command(
     rounds: int = typer.Option(9, min=1, help="medians over so many rounds are given"),
     as_json: bool = JSON,
 ) -> None:
-    """Compare phase 2's whole step with the sum of its parts in plain PyTorch: host work."""
+    """Compare phase 2's whole step with its engines alone and its parts in plain PyTorch.
+
+    What the step costs above them is host work: ours above the engines, ZeRO's above the parts."""
     run = load_vqvae_run(config, overrides)
     from lgpt.training.bench_vqvae_step import bench_vqvae_step, step_table
 

@@ -1,18 +1,24 @@
 """`lgpt bench vqvae-step`: phase 2's whole step against the sum of its parts, timed bare.
 
 Ours is what `lgpt train` runs: the task with its pictures, metrics and health monitor, both
-DeepSpeed engines. Bare are the same two networks in plain PyTorch on one batch that is there
-already. Both are measured in one process, in turn. What is in ours alone is host work.
+DeepSpeed engines. Beside it, on one batch that is there already:
+- engines: forward, backward and step of the same two engines. More than that is our host work.
+- bare: the same two networks in plain PyTorch. More than that is host work of ours or of ZeRO
+  (gradients copied into buckets, their norms one by one in float64), which grows with the number
+  of weights, not with the pictures.
+All three are measured in one process, in turn.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,11 +35,14 @@ from lgpt.training.losses import reconstruction_loss
 from lgpt.training.train_vqvae import VqvaeTask
 
 _WARMUP_STEPS = 2
+_ORDERS = tuple(itertools.permutations(range(3)))
 Parts = dict[str, float]
 
 
 def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
-    """Measure one step of both players a round, ours and bare, the first of them in turn.
+    """Measure one step of both players a round: ours, the engines', and bare, in changing order.
+
+    Pictures of a set that fits in memory are there, as in every epoch but the first.
 
     Args:
         run: Its whole global batch is one micro batch; the discriminator, where there is one,
@@ -41,8 +50,9 @@ def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
 
     Returns:
         JSON values: CPU seconds (of all threads) and wall seconds, medians over the rounds, of our
-        step and of every bare part; `ratio_cpu` and `ratio_wall` are ours over the sum of the
-        parts, medians over the rounds.
+        step, of the engines alone and of every bare part. `ratio_cpu` and `ratio_wall` are ours
+        over the sum of the bare parts, `ratio_engines_*` ours over the engines alone, medians over
+        the rounds.
     """
     device = start_process_group()
     if run.training.precision == "bf16":
@@ -55,15 +65,19 @@ def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
     networks = [task.model, *([task.adversary.model] if task.adversary else [])]
     bare_networks = [copy.deepcopy(network) for network in networks]
     task.build_engines(resolve_deepspeed_config(run, 1))
+    _read_pictures(task, _WARMUP_STEPS + rounds + 1)
     bare = _Bare(task, *bare_networks)
-    measured: list[tuple[Parts, Parts]] = []
+    measured: list[tuple[Parts, Parts, Parts]] = []
     with progress("bench vqvae-step", rounds, unit="rounds", is_shown=True) as advance:
         for step in range(_WARMUP_STEPS + rounds):
-            contenders = (lambda step=step: _our_step(task, step), bare.step)
-            order = (0, 1) if step % 2 else (1, 0)
-            done = {which: contenders[which]() for which in order}
+            contenders = (
+                lambda step=step: _our_step(task, step),
+                lambda step=step: _engine_step(task, bare.images, step),
+                bare.step,
+            )
+            done = {which: contenders[which]() for which in _ORDERS[step % len(_ORDERS)]}
             if step >= _WARMUP_STEPS:
-                measured.append((done[0], done[1]))
+                measured.append((done[0], done[1], done[2]))
                 advance(1)
     return {
         "run": run.name,
@@ -77,21 +91,32 @@ def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
     }
 
 
-def _figures(measured: list[tuple[Parts, Parts]]) -> dict[str, Any]:
+def _figures(measured: list[tuple[Parts, Parts, Parts]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for clock in ("cpu", "wall"):
         ends = f"_{clock}_seconds"
-        ours = [mine[f"step{ends}"] for mine, _ in measured]
-        sums = [sum(v for k, v in parts.items() if k.endswith(ends)) for _, parts in measured]
-        names = [name for name in measured[0][1] if name.endswith(ends)]
+        ours = [mine[f"step{ends}"] for mine, _, _ in measured]
+        engines = [alone[f"engines{ends}"] for _, alone, _ in measured]
+        sums = [sum(v for k, v in parts.items() if k.endswith(ends)) for _, _, parts in measured]
+        names = [name for name in measured[0][2] if name.endswith(ends)]
         figures[f"step{ends}"] = statistics.median(ours)
+        figures[f"engines{ends}"] = statistics.median(engines)
         figures[f"parts{ends}"] = {
-            name[: -len(ends)]: statistics.median(parts[name] for _, parts in measured)
+            name[: -len(ends)]: statistics.median(parts[name] for _, _, parts in measured)
             for name in names
         }
         figures[f"sum_of_parts{ends}"] = statistics.median(sums)
         figures[f"ratio_{clock}"] = statistics.median(a / b for a, b in zip(ours, sums))
+        figures[f"ratio_engines_{clock}"] = statistics.median(a / b for a, b in zip(ours, engines))
     return figures
+
+
+def _read_pictures(task: VqvaeTask, steps: int) -> None:
+    """What every epoch but the first finds in memory; sets too large for it are read again."""
+    images = task.run.batch.global_batch_images
+    for step in range(steps):
+        places = np.arange(images) + step * images
+        task.train_images.items(*task.items_and_crops(places))
 
 
 def _our_step(task: VqvaeTask, step: int) -> Parts:
@@ -102,6 +127,19 @@ def _our_step(task: VqvaeTask, step: int) -> Parts:
         task.train_step(step)
 
     _timed(taken, "step", work, task.device)
+    return taken
+
+
+def _engine_step(task: VqvaeTask, images: Tensor, step: int) -> Parts:
+    taken: Parts = {}
+
+    def work() -> None:
+        task.engine.train()
+        task.model.quantize.begin_step()
+        task.micro_step(images, step)
+        task.model.quantize.finish_step(seed=task.run.seed, step=step)
+
+    _timed(taken, "engines", work, task.device)
     return taken
 
 
@@ -116,7 +154,11 @@ def _timed(taken: Parts, name: str, work: Callable[[], Any], device: torch.devic
 
 
 class _Bare:
-    """The same networks, batch and optimizers, without an engine."""
+    """The same networks, batch and optimizers, without an engine.
+
+    Attributes:
+        images: Noise in [-1, 1], of the weights' type.
+    """
 
     def __init__(self, task: VqvaeTask, model: nn.Module, *player: nn.Module) -> None:
         run, device = task.run, task.device
@@ -125,7 +167,7 @@ class _Bare:
         self._players = [each.to(device, self._dtype) for each in (model, *player)]
         images = run.batch.global_batch_images
         side = run.data.resolution
-        self._images = (torch.rand(images, 3, side, side) * 2 - 1).to(device, self._dtype)
+        self.images = (torch.rand(images, 3, side, side) * 2 - 1).to(device, self._dtype)
         self._masters = [_Masters(each, run) for each in self._players]
         self._steps = 0
 
@@ -136,7 +178,7 @@ class _Bare:
 
         def forward() -> Any:
             model.quantize.begin_step()
-            output = model(self._images)
+            output = model(self.images)
             return output, self._losses(output)
 
         output, (picture_loss, latent_loss, seen) = self._part(taken, "vqvae_forward", forward)
@@ -172,9 +214,9 @@ class _Bare:
         seen = output.reconstruction
         if len(self._players) > 1:
             seen = seen.detach().float().requires_grad_()
-        picture_loss = reconstruction_loss(seen, self._images, loss.reconstruction)
+        picture_loss = reconstruction_loss(seen, self.images, loss.reconstruction)
         if self._task.perceptual is not None:
-            perceptual = self._task.perceptual(seen, self._images).mean()
+            perceptual = self._task.perceptual(seen, self.images).mean()
             picture_loss = picture_loss + loss.perceptual_weight * perceptual
         latent_loss = loss.codebook_weight * output.codebook_loss
         latent_loss = latent_loss + loss.commitment_weight * output.commitment_loss
@@ -190,7 +232,7 @@ class _Bare:
         return gradient
 
     def _teach(self, seen: Tensor) -> None:
-        both = torch.cat([self._images, seen.to(self._dtype)])
+        both = torch.cat([self.images, seen.to(self._dtype)])
         real, fake = self._players[1](both).float().chunk(2)
         hinge_discriminator_loss(real, fake).backward()
 
@@ -235,12 +277,13 @@ def step_table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="right" if column else "left")
     cpu, wall = result["parts_cpu_seconds"], result["parts_wall_seconds"]
     rows = [(name, cpu[name], wall[name]) for name in cpu]
-    for name in ("sum_of_parts", "step"):
+    for name in ("sum_of_parts", "engines", "step"):
         rows.append((name, result[f"{name}_cpu_seconds"], result[f"{name}_wall_seconds"]))
     for name, cpu_seconds, wall_seconds in rows:
         label = name.replace("_", " ")
         table.add_row(label, f"{1000 * cpu_seconds:.1f}", f"{1000 * wall_seconds:.1f}")
-    ratios = result["ratio_cpu"], result["ratio_wall"]
-    table.add_row("step over sum", *(f"{ratio:.3f}x" for ratio in ratios))
+    for name, key in (("sum", "ratio"), ("engines", "ratio_engines")):
+        ratios = result[f"{key}_cpu"], result[f"{key}_wall"]
+        table.add_row(f"step over {name}", *(f"{ratio:.3f}x" for ratio in ratios))
     table.caption = f"medians of {result['rounds']} rounds, {result['threads']} thread(s)"
     return table

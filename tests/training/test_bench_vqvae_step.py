@@ -43,7 +43,9 @@ def test_a_step_and_all_its_parts_are_measured():
         assert list(result[f"parts_{clock}_seconds"]) == PARTS
         assert all(seconds > 0 for seconds in result[f"parts_{clock}_seconds"].values())
         assert result[f"step_{clock}_seconds"] > 0
+        assert result[f"engines_{clock}_seconds"] > 0
         assert result[f"ratio_{clock}"] > 0
+        assert result[f"ratio_engines_{clock}"] > 0
     assert result["rounds"] == 2
 
 
@@ -51,6 +53,7 @@ def test_the_ratio_is_the_median_of_the_rounds_own():
     measured = [
         (
             {"step_cpu_seconds": mine, "step_wall_seconds": 2 * mine},
+            {"engines_cpu_seconds": mine / 2, "engines_wall_seconds": mine - 1},
             {"a_cpu_seconds": 1.0, "b_cpu_seconds": rest, "a_wall_seconds": 4.0},
         )
         for mine, rest in ((3.0, 1.0), (2.0, 3.0), (9.0, 2.0))
@@ -58,6 +61,9 @@ def test_the_ratio_is_the_median_of_the_rounds_own():
     figures = _figures(measured)
     assert figures["ratio_cpu"] == statistics.median([3 / 2, 2 / 4, 9 / 3])
     assert figures["ratio_wall"] == statistics.median([6 / 4, 4 / 4, 18 / 4])
+    assert figures["ratio_engines_cpu"] == 2.0
+    assert figures["ratio_engines_wall"] == statistics.median([6 / 2, 4 / 1, 18 / 8])
+    assert figures["engines_wall_seconds"] == 2.0
     assert figures["parts_cpu_seconds"] == {"a": 1.0, "b": 2.0}
     assert figures["sum_of_parts_cpu_seconds"] == 3.0
 
@@ -71,9 +77,9 @@ def test_bare_steps_teach_both_players(tmp_path):
     task.engine = SimpleNamespace(module=task.model)
     bare = _Bare(task, task.model, task.adversary.model)
     before = [next(p.detach().clone() for p in each.parameters()) for each in bare._players]
-    first = bare._losses(task.model(bare._images))[0].item()
+    first = bare._losses(task.model(bare.images))[0].item()
     for _ in range(15):
         bare.step()
-    assert bare._losses(task.model(bare._images))[0].item() < first
+    assert bare._losses(task.model(bare.images))[0].item() < first
     for player, weight in zip(bare._players, before):
         assert not torch.equal(next(player.parameters()), weight)
