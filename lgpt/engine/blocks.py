@@ -58,7 +58,7 @@ def apply_block_settings(model: LatentGPT, settings: BlockSettings) -> None:
     def call(index: int, block: nn.Module, *args: Any) -> Any:
         # Nothing is kept without gradients, so there is nothing to make again.
         if index % step == 0 and torch.is_grad_enabled():
-            return run_checkpointed(block, *args)
+            return run_checkpointed(_with_its_products(block), *args)
         return block(*args)
 
     model.call_block = call
@@ -72,12 +72,26 @@ def apply_vqvae_block_settings(model: VQVAE, settings: VqvaeBlockSettings) -> No
     def call(part: nn.Module, x: torch.Tensor) -> Any:
         # A frozen encoder runs without gradients, and validation too.
         if torch.is_grad_enabled():
-            return checkpoint(part, x, use_reentrant=False)
+            return checkpoint(_with_its_products(part), x, use_reentrant=False)
         return part(x)
 
     for module in model.modules():
         if isinstance(module, (Level, Middle)):
             module.call_part = call
+
+
+def _with_its_products(part: nn.Module) -> Callable[..., Any]:
+    """`part` with `Float32Products` where they are on: torch switches every such mode off for the
+    time of `Tensor.backward`, in which `part` is computed again and must save the same types.
+    """
+    if not Float32Products.is_on:
+        return part
+
+    def call(*args: Any) -> Any:
+        with Float32Products():
+            return part(*args)
+
+    return call
 
 
 def _checkpointed_call(settings: BlockSettings) -> Callable[..., Any]:

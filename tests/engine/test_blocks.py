@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lgpt.engine.blocks import apply_block_settings, apply_vqvae_block_settings
+from lgpt.engine.start import Float32Products
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 from lgpt.settings.blocks import BlockSettings, VqvaeBlockSettings
@@ -33,12 +34,14 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
-def gradients(mode: dict[str, Any]) -> tuple[list[torch.Tensor], int]:
+def gradients(
+    mode: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.Tensor], int]:
     """Of all parameters, and the bytes that the forward pass kept for the backward pass."""
     torch.manual_seed(0)
-    model = LatentGPT(CONFIG).train()
+    model = LatentGPT(CONFIG).train().to(dtype)
     apply_block_settings(model, BlockSettings(**mode))
-    tokens, text = torch.randint(32, (2, 16)), torch.randn(2, 3, 8)
+    tokens, text = torch.randint(32, (2, 16)), torch.randn(2, 3, 8).to(dtype)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -54,14 +57,16 @@ def gradients(mode: dict[str, Any]) -> tuple[list[torch.Tensor], int]:
     return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
 
 
-def vqvae_gradients(checkpointing: str) -> tuple[list[torch.Tensor], int]:
+def vqvae_gradients(
+    checkpointing: str, dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.Tensor], int]:
     """As `gradients`, of a VQ-VAE with attention, shortcuts and dropout."""
     torch.manual_seed(0)
     shape = {"codebook_size": 32, "code_dim": 4, "z_channels": 32, "ch": 32, "resolution": 16}
     levels = {"ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,), "dropout": 0.2}
-    model = VQVAE(VQVAEConfig.from_settings(VqvaeSettings(**shape, **levels))).train()
+    model = VQVAE(VQVAEConfig.from_settings(VqvaeSettings(**shape, **levels))).train().to(dtype)
     apply_vqvae_block_settings(model, VqvaeBlockSettings(checkpointing=checkpointing))
-    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    pictures = (torch.rand(2, 3, 16, 16) * 2 - 1).to(dtype)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -97,6 +102,27 @@ def test_gradients_are_those_without_checkpointing(mode: dict[str, Any]) -> None
         torch.testing.assert_close(mine, reference)
     if "deepspeed" not in mode.values():  # DeepSpeed keeps what these hooks do not see
         assert kept < kept_without
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_checkpointed_blocks_in_bf16_go_with_float32_products(
+    mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Float32Products, "is_on", True)  # as afford_bf16 does on such a CPU
+    with Float32Products():
+        expected, _ = gradients({}, torch.bfloat16)
+        found, _ = gradients(mode, torch.bfloat16)
+    assert all(torch.equal(mine, reference) for mine, reference in zip(found, expected))
+
+
+def test_a_checkpointed_vqvae_in_bf16_goes_with_float32_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Float32Products, "is_on", True)
+    with Float32Products():
+        expected, _ = vqvae_gradients("none", torch.bfloat16)
+        found, _ = vqvae_gradients("full", torch.bfloat16)
+    assert all(torch.equal(mine, reference) for mine, reference in zip(found, expected))
 
 
 def test_every_second_block_keeps_more_than_none_of_them() -> None:
