@@ -210,14 +210,23 @@ def _without_inert(
     `conditioning=unconditional` on the command line voids the file's `text` section without a word;
     a file that says both is contradictory.
     """
-    found_any = False
-    for prefix, reason in settings_without_effect(run):
-        switch = sources.place(reason.switch)
-        for path in sources.written(prefix):
-            place = sources.places[path]
-            is_inherited = switch is not None and place.layer < switch.layer
+    dropped: set[KeyPath] = set()
+    while True:
+        void = {
+            path: reason
+            for prefix, reason in settings_without_effect(run)
+            for path in sources.written(prefix)
+            if path not in dropped
+        }
+        # A switch without effect goes first: what it voided has one again, perhaps.
+        now = {path: reason for path, reason in void.items() if reason.switch not in void}
+        if not now:
+            return run
+        for path, reason in now.items():
+            switch = sources.place(reason.switch)
+            is_inherited = switch is not None and sources.places[path].layer < switch.layer
             if not is_inherited and not _touches([path, reason.switch], bad_paths):
                 problems.append(f"{located(path, sources)} has no effect {reason.text}; remove it.")
             _remove(sources.tree, path)
-            found_any = True
-    return type(run).model_validate(sources.tree) if found_any else run
+        dropped.update(now)
+        run = type(run).model_validate(sources.tree)

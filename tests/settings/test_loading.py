@@ -239,3 +239,12 @@ def test_an_inherited_value_gives_way_to_a_later_switch():
     assert isinstance(run, Phase3)
     assert run.transformer.cond_drop == 0.1  # the default: nothing of the text settings is left
     assert "encoder" not in dump_run_settings(run)
+
+
+def test_what_an_inherited_switch_voided_holds_again_when_the_switch_goes():
+    scratch = load_run_settings("phase2_finetune", ["init_from=null"], {})
+    assert isinstance(scratch, Phase2)
+    assert scratch.finetuning.trains == "all"
+    assert scratch.vqvae.codebook_update == "gradient"  # as phase2_vqvae has it, not the default
+    chosen = ["init_from=null", "vqvae.codebook_update=ema"]  # no mistake: nothing is frozen
+    assert load_run_settings("phase2_finetune", chosen, {}).vqvae.codebook_update == "ema"
