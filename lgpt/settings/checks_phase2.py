@@ -64,7 +64,22 @@ def _add_inert_health(run: Phase2, add: AddInert) -> None:
 def contradictions_of_phase2(run: Phase2, at: At) -> list[Problem]:
     """Settings of phase 2 that cannot both be meant."""
     problems = [*_vqvae(run.vqvae, run.data, at), *_perceptual(run, at), *_discriminator(run, at)]
-    return problems + _health(run, at)
+    return [*problems, *_codes(run, at), *_health(run, at)]
+
+
+def _codes(run: Phase2, at: At) -> list[Problem]:
+    """The straight-through step gives codes no gradient of the pictures."""
+    loss = run.loss
+    has_teacher = loss.codebook_weight > 0 or loss.entropy_weight > 0
+    is_learnt = run.finetuning.trains == "all" and run.vqvae.codebook_update == "gradient"
+    if has_teacher or not is_learnt:
+        return []
+    names = ("loss.codebook_weight", "vqvae.codebook_update")
+    text = (
+        f"{at(names[0])} leaves the codes where they began: with {at(names[1])} only this loss "
+        "moves them; set it to 1.0, or vqvae.codebook_update to ema."
+    )
+    return [problem(text, *names)]
 
 
 def _vqvae(vqvae: VqvaeSettings, data: DataSettings, at: At) -> list[Problem]:

@@ -336,6 +336,13 @@ def test_a_window_that_cannot_use_all_codes_is_refused(tmp_path):
     assert re.search(wanted, problem), problem
 
 
+def test_codes_that_nothing_would_move_are_refused(tmp_path):
+    overrides = ["vqvae.codebook_update=gradient", "loss.codebook_weight=0"]
+    (problem,) = problems_of(VQVAE, tmp_path, *overrides)
+    wanted = r"codebook_weight = 0 .*where they began.*= \"gradient\" .*set it to 1.0, or"
+    assert re.search(wanted, problem), problem
+
+
 def test_health_is_of_phase_2_alone(tmp_path):
     (problem,) = problems_of(TRANSFORMER, tmp_path, "health.respond=false")
     assert "health" in problem
