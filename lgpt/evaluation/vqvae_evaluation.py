@@ -191,9 +191,10 @@ def _open_pictures(
     split = _split(pictures.split)
     name = pictures.data or _config_of_run(Path(checkpoint))
     if name is None:
+        absent = "" if Path(checkpoint).exists() else f"{checkpoint} is no file or folder here. "
         raise SettingsError(
-            "Which pictures? --images FOLDER, or --data with a run config (demo/phase2_openmoji) "
-            f"or a dataset ({', '.join(_DATASETS)})."
+            f"{absent}Which pictures? --images FOLDER, or --data with a run config "
+            f"(demo/phase2_openmoji) or a dataset ({', '.join(_DATASETS)})."
         )
     if name in _DATASETS:
         settings, side = DataSettings(dataset=name), None

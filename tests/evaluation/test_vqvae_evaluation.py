@@ -156,6 +156,12 @@ def test_mistakes_are_told_with_the_way_out(words, text, home):
     assert re.search(text, sentence), sentence
 
 
+def test_a_run_that_is_not_there_is_told_before_its_pictures_are_missed():
+    code, _, sentence = evaluate("runs/mistyped")
+    assert code == 2
+    assert sentence.startswith("runs/mistyped is no file or folder here. Which pictures?")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
