@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Literal, Protocol, Union, runtime_checkable
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from lgpt.core.errors import DataError
@@ -91,7 +92,11 @@ def open_dataset(settings: DataSettings, split: Split) -> CaptionedDataset:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """RGB, upright by its EXIF orientation, transparent parts on white."""
+    # Greys of 16 bits; older versions of Pillow call those of a PNG I.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     image = ImageOps.exif_transpose(image)
+    if is_16_bit:  # Pillow's conversion would make all above 255 of 65,535 white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

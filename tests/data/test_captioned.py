@@ -20,6 +20,13 @@ def test_transparent_parts_become_white():
     assert (rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == ((255, 0, 0), (255, 255, 255))
 
 
+def test_16_bit_greys_keep_their_shades(tmp_path: Path):
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(shades * 257).save(tmp_path / "scan.png")  # 257 = 65,535 / 255
+    found = np.asarray(as_rgb(Image.open(tmp_path / "scan.png")))
+    assert np.array_equal(found, np.repeat(shades[..., None], 3, axis=2))
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA"])
 def test_every_mode_becomes_rgb(mode: str):
     assert as_rgb(Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode)).getpixel((1, 1)) == (
