@@ -53,7 +53,11 @@ def test_a_run_killed_at_random_instants_ends_like_one_that_was_not(
     chance = random.Random(f"{deepspeed} {ROUNDS}")
     changes = {
         "deepspeed": deepspeed,
-        "checkpoint": {"every_steps": 1, "keep_last": 2},
+        "checkpoint": {
+            "every_steps": 1,
+            "keep_last": 2,
+            "asynchronous": trains == "transformer",
+        },
         "training": {
             "max_steps": 4 * rounds + 4,
             "precision": precision,
