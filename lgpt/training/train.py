@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -111,6 +113,8 @@ def _train_from(
     if progress.task:
         task.load_state(progress.task)
     _write_run_folder(run, ds_config, task)
+    if is_rank_zero():
+        (run.run_folder / "DONE").unlink(missing_ok=True)  # more steps were asked for
     tracker = _start_tracking(run, task, progress) if is_rank_zero() else None
     try:
         run_training(run, task, tracker, progress, device, average)
@@ -139,15 +143,38 @@ def _load_first_weights(run: RunSettings, task: Task) -> Optional[dict[str, torc
 
 
 def _is_done(run: RunSettings) -> bool:
+    """Whether DONE is there; a run that took all its steps is not done when more are asked for."""
+    done_file = run.run_folder / "DONE"
     # Unlike Path.exists, it takes folders that cannot be read; writing there will say so.
-    is_done = broadcast_from_rank_zero(os.path.exists(run.run_folder / "DONE"))
-    if is_done:
+    if not broadcast_from_rank_zero(os.path.exists(done_file)):
+        return False
+    done = broadcast_from_rank_zero(_read_done(done_file) if is_rank_zero() else {})
+    asked = run.training.max_steps
+    if done.get("step") == done.get("max_steps", math.inf) and done["step"] < asked:
         _log.info(
-            "%s is done (%s exists): nothing to train. Give another name= for a new run.",
+            "%s was done after %d steps and goes on to training.max_steps = %d",
             run.name,
-            run.run_folder / "DONE",
+            done["step"],
+            asked,
         )
-    return bool(is_done)
+        return False
+    _log.info(
+        "%s is done after %s steps (%s exists): nothing to train. Give another name= for a new "
+        "run; one that took all its steps goes on with a larger training.max_steps (now %d).",
+        run.name,
+        done.get("step", "its"),
+        done_file,
+        asked,
+    )
+    return True
+
+
+def _read_done(path: Path) -> dict[str, Any]:
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it need not be ours: its being there is enough
+        return {}
+    return done if isinstance(done, dict) else {}
 
 
 def _write_run_folder(
@@ -179,6 +206,7 @@ def _finish(run: RunSettings, progress: Progress) -> None:
             convert_run(run.run_folder, model, dtype="fp32", overwrite=True, tag=tag)
         summary = {
             "step": progress.step,
+            "max_steps": run.training.max_steps,
             "elapsed_seconds": round(progress.elapsed_seconds, 1),
             "validated_weights": "average" if run.training.ema_decay > 0 else "last",
             **progress.validation,

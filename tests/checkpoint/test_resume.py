@@ -16,6 +16,7 @@ from lgpt.checkpoint.average_files import average_file, has_average, read_averag
 from lgpt.checkpoint.deepspeed_files import read_safely
 from lgpt.checkpoint.manifest import read_manifest
 from lgpt.checkpoint.resume_diff import facts_rows, settings_rows, settled, table_of
+from lgpt.core.files import sha256_of_file
 from lgpt.settings.run import load_run_settings
 
 pytestmark = pytest.mark.slow
@@ -123,6 +124,36 @@ def test_a_run_that_is_stopped_early_exports_its_best_step(ranks, folder):
     assert done["step"] == best + 2 < 20
     assert done["best_step"] == best
     assert json.loads((run_folder / "model" / "export.json").read_text())["step"] == best
+
+
+def test_a_run_that_took_all_its_steps_goes_on_when_more_are_asked_for(ranks, folder):
+    """To the weights of one that was asked for all of them at once: its rate does not decay."""
+    changes = {
+        "schedule": {"warmup_steps": 0, "decay": "constant"},
+        "training": {"max_steps": 4, "validate_every": 2},
+    }
+    runs = folder / "runs"
+    config = tiny_runs.write_run(folder, "extended", "vqvae", **changes)
+    assert ranks.train(config).codes == [0, 0]
+    first = sha256_of_file(runs / "extended" / "model" / "model.safetensors")
+    outcome = ranks.train(config)
+    assert outcome.codes == [0, 0]
+    assert "is done after 4 steps" in outcome.log
+    assert "nothing to train" in outcome.log
+    outcome = ranks.train(config, "training.max_steps=6")
+    assert outcome.codes == [0, 0], outcome.log[-3000:]
+    assert "was done after 4 steps and goes on to training.max_steps = 6" in outcome.log
+    assert f"Going on from {runs / 'extended'}/checkpoints/step_4" in outcome.log
+    done = json.loads((runs / "extended" / "DONE").read_text())
+    assert (done["step"], done["max_steps"]) == (6, 6)
+    changes["training"]["max_steps"] = 6
+    straight = tiny_runs.write_run(folder, "at-once", "vqvae", **changes)
+    assert ranks.train(straight).codes == [0, 0]
+    end, wanted = (
+        sha256_of_file(runs / name / "model" / "model.safetensors")
+        for name in ("extended", "at-once")
+    )
+    assert end == wanted != first
 
 
 @pytest.mark.parametrize("deepspeed", ["zero2_bf16", "zero3_bf16"])
