@@ -77,7 +77,8 @@ class Writer(threading.Thread):
         try:
             while self._states:
                 path, state = self._states.popitem()
-                torch.save(state, path)
+                with _without_crc32():
+                    torch.save(state, path)
                 del state  # its memory is free before the next one is written
                 name = path.relative_to(self._folder).as_posix()
                 self.records.update(record_files(self._folder, [name]))
@@ -90,6 +91,25 @@ class Writer(threading.Thread):
         """After its end, on the main thread."""
         if self.error is not None:
             raise self.error
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """torch's own sums of a file take half of its CPU time; sha256 is taken of it anyway.
+
+    For the whole process: what another thread saves meanwhile is without them too. `torch.load`
+    does not look at them.
+    """
+    choose = getattr(torch.serialization, "set_crc32_options", None)  # torch 2.6
+    if choose is None:
+        yield
+        return
+    before = torch.serialization.get_crc32_options()
+    choose(False)
+    try:
+        yield
+    finally:
+        choose(before)
 
 
 def copy_to_memory(value: Any, memo: Optional[dict[int, Any]] = None) -> Any:
