@@ -126,7 +126,7 @@ def _resolve(
         value = _get(config, path, AUTO)
         if value != AUTO and _is_scalar(value) and value != decided.value:
             report(path, f'contradicts {decided.origin}; write "auto".', decided.owners)
-    for path, rest in _precision_combinations(config, run, stage):
+    for path, rest in _precision_combinations(config, run):
         report(path, rest, [_PRECISION])
     for path, rest in _offload_combinations(config, stage, run.training.ema_decay > 0):
         report(path, rest)
@@ -230,7 +230,7 @@ def _fillable_values(run: RunSettings) -> dict[KeyPath, Any]:
 
 
 def _precision_combinations(
-    config: Mapping[str, Any], run: RunSettings, stage: Optional[int]
+    config: Mapping[str, Any], run: RunSettings
 ) -> list[tuple[KeyPath, str]]:
     """Values that are fine alone, but not with training.precision."""
     found: list[tuple[KeyPath, str]] = []
@@ -250,12 +250,6 @@ def _precision_combinations(
     if isinstance(dtype, str) and dtype not in ("fp32", precision):
         text = f"contradicts training.precision = {precision}; remove it."
         found.append((("communication_data_type",), text))
-    if stage == 1 and precision == "bf16":
-        text = (
-            "does not go with training.precision = bf16: DeepSpeed then saves its BF16_Optimizer, "
-            "which lgpt cannot convert; write 2 or 3, or set training.precision to fp32."
-        )
-        found.append((("zero_optimization", "stage"), text))
     return found
 
 
