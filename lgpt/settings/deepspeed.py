@@ -204,10 +204,9 @@ def _fillable_values(run: RunSettings) -> dict[KeyPath, Any]:
 
     Buckets of 64 x width^2 elements: 67M (134 MB in bf16) at width 1024, so that a model of 24
     layers is reduced in about eight messages; DeepSpeed's 5e8 would be one bucket larger than the
-    model. At least 4M, or every tensor of a small model would be a message of its own. ZeRO-3
-    prefetches one layer (about 20 x width^2). Of the VQ-VAE it keeps vectors whole (10 x width, as
-    transformers does); the transformer's come with their block (engine/build.py), while each one
-    kept whole would be gathered by itself after every step.
+    model. ZeRO-3 prefetches one layer (about 20 x width^2). Of the VQ-VAE it keeps vectors whole
+    (10 x width, as transformers does); the transformer's come with their block (engine/build.py),
+    while each one kept whole would be gathered by itself after every step.
     """
     if isinstance(run, Phase2):
         width = run.vqvae.ch * max(run.vqvae.ch_mult)
@@ -215,11 +214,10 @@ def _fillable_values(run: RunSettings) -> dict[KeyPath, Any]:
     else:
         width = run.transformer.hidden
         kept_whole = 0
-    bucket = max(64 * width**2, 2**22)
     zero = "zero_optimization"
     values: dict[KeyPath, Any] = {
-        (zero, "reduce_bucket_size"): bucket,
-        (zero, "allgather_bucket_size"): bucket,
+        (zero, "reduce_bucket_size"): 64 * width**2,
+        (zero, "allgather_bucket_size"): 64 * width**2,
         ("data_types", "grad_accum_dtype"): "fp32",
         ("zero_force_ds_cpu_optimizer",): False,
     }
