@@ -156,6 +156,21 @@ def gradient_norm(engine: Any) -> float:
     return float("nan") if norm is None else float(norm)
 
 
+def forget_gradients(engine: Any) -> None:
+    """Drop what a backward pass has left in ZeRO-3's bucket, before the next step's come to it.
+
+    Its hooks (deepspeed 0.19.8) put them there in `torch.autograd.grad` by other tensors too;
+    the next step then finds them twice and stops at an assertion.
+    """
+    if not hasattr(next(engine.module.parameters()), "ds_id"):  # another stage
+        return
+    for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
+        bucket.params.clear()
+        bucket.elements = 0
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+
+
 def parameter_dtype(engine: Any) -> torch.dtype:
     """What floating-point inputs must be cast to."""
     return next(engine.module.parameters()).dtype

@@ -17,7 +17,7 @@ from lgpt.data.order import SampleOrder
 from lgpt.data.transforms import to_pil, to_unit_range
 from lgpt.engine.average import WeightAverage
 from lgpt.engine.blocks import apply_vqvae_block_settings
-from lgpt.engine.build import build_engine, parameter_dtype
+from lgpt.engine.build import build_engine, forget_gradients, parameter_dtype
 from lgpt.engine.ranks import mean_over_ranks, sum_over_ranks
 from lgpt.engine.rows import set_rows
 from lgpt.evaluation.code_histogram import usage_histogram
@@ -262,6 +262,8 @@ class VqvaeTask:
             if self.adversary is not None:
                 self.adversary.trial(pictures, seen.detach())
             del room
+        for engine in self.engines().values():
+            forget_gradients(engine)
         self.model.quantize.begin_step()
 
     def _training_images(self, places: np.ndarray) -> torch.Tensor:

@@ -25,6 +25,8 @@ from lgpt.training.train_vqvae import VqvaeTask
 def ds_config_of(run: Phase2, stage: int) -> dict[str, Any]:
     config = resolve_deepspeed_config(run, 2)
     config["zero_optimization"]["stage"] = stage
+    # As in the real configs, larger than the model: nothing of the trial may stay in it.
+    config["zero_optimization"]["reduce_bucket_size"] = 2**22
     # Everything is cut and gathered at stage 3, also vectors and the last kernel.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
