@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -145,12 +144,12 @@ def _load_first_weights(run: RunSettings, task: Task) -> Optional[dict[str, torc
 def _is_done(run: RunSettings) -> bool:
     """Whether DONE is there; a run that took all its steps is not done when more are asked for."""
     done_file = run.run_folder / "DONE"
-    # Unlike Path.exists, it takes folders that cannot be read; writing there will say so.
-    if not broadcast_from_rank_zero(os.path.exists(done_file)):
+    done = broadcast_from_rank_zero(_read_done(done_file) if is_rank_zero() else None)
+    if done is None:
         return False
-    done = broadcast_from_rank_zero(_read_done(done_file) if is_rank_zero() else {})
     asked = run.training.max_steps
-    if done.get("step") == done.get("max_steps", math.inf) and done["step"] < asked:
+    took_all = "max_steps" in done and done.get("step") == done["max_steps"]
+    if took_all and done["step"] < asked:
         _log.info(
             "%s was done after %d steps and goes on to training.max_steps = %d",
             run.name,
@@ -169,7 +168,10 @@ def _is_done(run: RunSettings) -> bool:
     return True
 
 
-def _read_done(path: Path) -> dict[str, Any]:
+def _read_done(path: Path) -> Optional[dict[str, Any]]:
+    # Unlike Path.exists, it takes folders that cannot be read; writing there will say so.
+    if not os.path.exists(path):
+        return None
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it need not be ours: its being there is enough
