@@ -165,7 +165,10 @@ def choice_text(choice: Mapping[str, Any]) -> str:
     how = "every byte read" if choice["was_read"] else "sizes and earlier reads only"
     lines = []
     if choice["is_done"]:
-        lines.append(f"{choice['run_folder']} is done (DONE exists): a start trains nothing.")
+        lines.append(
+            f"{choice['run_folder']} is done (DONE exists): a start trains nothing, unless it took "
+            "all its steps and training.max_steps is raised."
+        )
     if choice["chosen"] is None:
         lines.append(f"A start would begin at step 0: no checkpoint is whole ({how}).")
     else:
