@@ -157,12 +157,13 @@ def gradient_norm(engine: Any) -> float:
 
 
 def forget_gradients(engine: Any) -> None:
-    """Drop what a backward pass has left in ZeRO-3's bucket, before the next step's come to it.
+    """Drop what `torch.autograd.grad` by other tensors has left in ZeRO-3's bucket.
 
-    Its hooks (deepspeed 0.19.8) put them there in `torch.autograd.grad` by other tensors too;
-    the next step then finds them twice and stops at an assertion.
+    Its backward hooks of modules that are gathered as a whole (deepspeed 0.19.8,
+    reduce_leaf_module_grads) put their parameters there, with gradients of zeros; the next step
+    would find them twice and stop at an assertion.
     """
-    if not hasattr(next(engine.module.parameters()), "ds_id"):  # another stage
+    if not hasattr(next(engine.module.parameters()), "ds_tensor"):  # another stage
         return
     for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
         bucket.params.clear()
