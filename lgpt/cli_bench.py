@@ -212,7 +212,8 @@ def bench_vqvae_step_command(
 ) -> None:
     """Compare phase 2's whole step with its engines alone and its parts in plain PyTorch.
 
-    What the step costs above them is host work: ours above the engines, ZeRO's above the parts."""
+    What the step costs above them is host work: ours above the engines, ZeRO's above the parts.
+    """
     run = load_vqvae_run(config, overrides)
     from lgpt.training.bench_vqvae_step import bench_vqvae_step, step_table
 
