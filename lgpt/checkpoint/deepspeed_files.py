@@ -28,13 +28,24 @@ class _ZeroStageStub(int):
     """Stands in for DeepSpeed's enum: the stage as a number."""
 
 
-_STUBS: tuple[tuple[type, str, str], ...] = (
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _named_stage(owner: object, name: object) -> _ZeroStageStub:
+    """Stands in for `getattr`, by which Python 3.11.0 to 3.11.3 pickle an enum's member."""
+    if owner is not _ZeroStageStub or not isinstance(name, str) or name not in _STAGES:
+        raise pickle.UnpicklingError("GLOBAL getattr")
+    return _ZeroStageStub(_STAGES[name])
+
+
+_STUBS: tuple[tuple[Any, str, str], ...] = (
     (_LossScalerStub, "deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     (_FragmentStub, "deepspeed.utils.tensor_fragment", "fragment_address"),
     (_ZeroStageStub, "deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    (_named_stage, "builtins", "getattr"),
 )
 for _stub, _module, _name in _STUBS:
-    # torch's safe loader looks an allowed class up by these two.
+    # torch's safe loader looks an allowed class or function up by these two.
     _stub.__module__, _stub.__name__, _stub.__qualname__ = _module, _name, _name
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from two_rank_saves import CASES
 
 from lgpt.checkpoint.convert import merged_weights
+from lgpt.checkpoint.deepspeed_files import read_safely
 from lgpt.core.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -134,3 +137,28 @@ def test_code_in_a_shard_is_refused_by_name_and_not_run(step_folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"more than tensors .*: it names posix.mkdir"):
         merged_weights(step_folder / "model")
     assert not victim.exists()
+
+
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 do an enum's member: an attribute of its class."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, (self.owner, self.name)
+
+
+def test_a_stage_that_is_pickled_by_its_name_is_read(tmp_path):
+    stages = {stage: ByName(ZeroStageEnum, stage.name) for stage in ZeroStageEnum}
+    torch.save({int(stage): pickled for stage, pickled in stages.items()}, tmp_path / "shard.pt")
+    assert read_safely(tmp_path / "shard.pt") == {int(stage): int(stage) for stage in stages}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(ZeroStageEnum, "__class__"), (torch.Size, "weights"), (ZeroStageEnum, [])]
+)
+def test_no_other_attribute_is_taken_from_a_shard(tmp_path, owner, name):
+    torch.save({"stage": ByName(owner, name)}, tmp_path / "shard.pt")
+    with pytest.raises(CheckpointError, match=r"more than tensors .*: it names getattr"):
+        read_safely(tmp_path / "shard.pt")
