@@ -81,7 +81,7 @@ def load_first_weights(
     """Put the weights of a model folder or a checkpoint into a fresh model. All ranks call it.
 
     Args:
-        model: Whole and in float32, before its engine is built.
+        model: Whole and in float32 or on the meta device, before its engine is built.
         source: A model folder, a run folder (its newest whole checkpoint), a step folder, or a
             folder that DeepSpeed alone saved.
         description: What the run's `model_config.json` says of `model`.
@@ -153,7 +153,9 @@ def _take(
             f"{error} The models differ in: {', '.join(told) or 'nothing that is written down'}. "
             "Only weights of the same shape can be taken."
         ) from error
-    model.load_state_dict(state, strict=True)
+    # A model that has shapes only takes the tensors themselves.
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(state, strict=True, assign=is_empty)
     report = WarmStart(
         source=str(found.folder.resolve() if found.folder.exists() else found.folder),
         kind=found.kind,

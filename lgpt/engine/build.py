@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lgpt.core.distributed import rank
+from lgpt.engine.first_weights import make_first_weights
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.codebook import Codebook
 from lgpt.settings.training import OptimizerSettings
@@ -34,7 +35,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     }
     decayed, not_decayed = [], []
     for parameter in _trainable(model):
-        target = not_decayed if parameter.ndim < 2 or id(parameter) in spared else decayed
+        # Under ZeRO-3 a parameter may be in parts already, and those are vectors.
+        axes = len(getattr(parameter, "ds_shape", parameter.shape))
+        target = not_decayed if axes < 2 or id(parameter) in spared else decayed
         target.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
@@ -51,8 +54,9 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     """Wrap a model in a DeepSpeed engine with AdamW in two groups.
 
     Args:
-        model: In float32, the same weights on every rank. Its `zero3_leaf_modules`, if it has them,
-            are the classes of submodules that ZeRO-3 gathers as a whole.
+        model: In float32, the same weights on every rank; or on the meta device, where
+            `make_first_weights` fills it. Its `zero3_leaf_modules`, if it has them, are the classes
+            of submodules that ZeRO-3 gathers as a whole.
         optimizer: AdamW's numbers; the loop sets the learning rate at every step.
         ds_config: Resolved, without "auto" (settings/deepspeed.py). Copied: DeepSpeed keeps what it
             is handed.
@@ -61,6 +65,12 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
         The DeepSpeedEngine. `engine(...)`, `engine.backward(loss)`, `engine.step()`.
     """
     deepspeed = load_deepspeed()
+    config = copy.deepcopy(ds_config)
+    if Float32Products.is_on:
+        # DeepSpeed's own linear function multiplies in bf16 in its backward (seen: 2 s a step).
+        config["zero_optimization"]["memory_efficient_linear"] = False
+    if any(parameter.is_meta for parameter in model.parameters()):
+        make_first_weights(model, config)
     groups = parameter_groups(model, optimizer.weight_decay)
     adamw = torch.optim.AdamW(
         groups,
@@ -69,10 +79,6 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
         eps=optimizer.eps,
         fused=True,  # one pass over weights and moments, on CPUs too
     )
-    config = copy.deepcopy(ds_config)
-    if Float32Products.is_on:
-        # DeepSpeed's own linear function multiplies in bf16 in its backward (seen: 2 s a step).
-        config["zero_optimization"]["memory_efficient_linear"] = False
     leaves = getattr(model, "zero3_leaf_modules", ())
     if config["zero_optimization"]["stage"] == 3 and leaves:
         # Gathered and released as a whole: hooks and messages a block, not a matrix. Two gloo ranks

@@ -150,16 +150,22 @@ class LatentGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = build_norm(config.norm, config.hidden)
         self.head = TokenHead(config.hidden, config.codebook_size)
-        # `apply`, because under zero.Init it gathers what is already partitioned.
-        self.apply(self._initialize)
+        if not self.head.weight.is_meta:  # engine/first_weights.py does it later otherwise
+            self.apply(self.initialize)
 
-    def _initialize(self, module: nn.Module) -> None:
-        """N(0, 0.02); what is added to the residual stream smaller, as GPT-2; the head 0 or so."""
+    def initialize(self, module: nn.Module) -> None:
+        """First values of the parameters that one of the model's modules owns itself.
+
+        N(0, 0.02); what is added to the residual stream smaller, as GPT-2; the head 0 or so; norms
+        1.
+        """
         is_normal_head = isinstance(module, TokenHead) and not self.config.zero_head
         if isinstance(module, ResidualLinear):
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.layers))
         elif is_normal_head or isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
+        elif any(True for _ in module.parameters(recurse=False)):
+            module.reset_parameters()
 
     def forward(
         self,

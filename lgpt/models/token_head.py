@@ -28,7 +28,12 @@ class TokenHead(nn.Module):
 
     def __init__(self, width: int, codes: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(codes, width))
+        self.weight = nn.Parameter(torch.empty(codes, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero."""
+        nn.init.zeros_(self.weight)
 
     def forward(
         self,

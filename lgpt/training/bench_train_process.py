@@ -35,7 +35,8 @@ class OurStep:
         device = start_process_group()
         if task["precision"] == "bf16":
             afford_bf16(device)
-        model = LatentGPT(config)
+        with torch.device("meta"):
+            model = LatentGPT(config)
         apply_block_settings(model, BlockSettings(**task["blocks"]))
         self.engine = build_engine(model, OptimizerSettings(**task["optimizer"]), task["deepspeed"])
         self.engine.train()

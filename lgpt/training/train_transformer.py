@@ -78,7 +78,8 @@ class TransformerTask:
         dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
         # Only to refuse a flash kernel that is asked for and not there before anything is built.
         choose_kernel(run.transformer.attention, device.type, dtype, self.model_config.head_width)
-        self.model = LatentGPT(self.model_config)
+        with torch.device("meta"):  # no rank holds more than its share: build_engine fills it
+            self.model = LatentGPT(self.model_config)
         apply_block_settings(self.model, run.blocks)
         self.latents = TrainingLatents(self.train_source, run.seed, run.transformer.cond_drop)
         captions = [val_set.captions(i)[0] for i in range(min(run.sampling.images, len(val_set)))]

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import torch
 
 from lgpt.core.distributed import seed_everything
 from lgpt.engine.build import parameter_groups
+from lgpt.engine.first_weights import make_first_weights
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 from lgpt.settings.phases import Phase2, RunSettings
 from lgpt.settings.run import load_run_settings
@@ -92,6 +93,15 @@ def zero(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dic
     return json.loads(out.read_text())
 
 
+def plain_task(run: RunSettings) -> Union[VqvaeTask, TransformerTask]:
+    """A task whose model has its first weights, without an engine."""
+    if isinstance(run, Phase2):
+        return VqvaeTask(run, torch.device("cpu"))
+    task = TransformerTask(run, torch.device("cpu"))
+    make_first_weights(task.model, {"zero_optimization": {"stage": 2}})
+    return task
+
+
 @pytest.fixture(scope="module")
 def plain(runs: dict[str, Path]) -> dict[str, tuple[list[float], list[float]]]:
     paths = {}
@@ -99,7 +109,7 @@ def plain(runs: dict[str, Path]) -> dict[str, tuple[list[float], list[float]]]:
         # One process does in one micro batch what 2 ranks do in one each: the same images a step.
         run = load_run_settings(path, ["batch.micro_batch_images=4"], environ={})
         seed_everything(run.seed)
-        task = (VqvaeTask if isinstance(run, Phase2) else TransformerTask)(run, torch.device("cpu"))
+        task = plain_task(run)
         task.engine = PlainEngine(task.model, run, accumulation=2)
         losses = [task.train_step(step)[task.main_loss] for step in range(STEPS)]
         paths[name] = (losses, task.engine.norms)
@@ -137,7 +147,7 @@ BF16_NOISE = {"vqvae": 0.3, "transformer": 0.02}
 def test_an_unconditional_run_trains_on_a_cache_that_holds_text(runs):
     run = load_run_settings(runs["transformer"], ["conditioning=unconditional"], environ={})
     seed_everything(run.seed)
-    task = TransformerTask(run, torch.device("cpu"))
+    task = plain_task(run)
     task.engine = PlainEngine(task.model, run, accumulation=4)
     first, *_, last = [task.train_step(step)["ce_loss"] for step in range(10)]
     assert last < first
