@@ -11,6 +11,7 @@ from torch import nn
 
 from lgpt.core.distributed import rank
 from lgpt.engine.first_weights import make_first_weights
+from lgpt.engine.memory import keep_freed_memory
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.codebook import Codebook
 from lgpt.settings.training import OptimizerSettings
@@ -87,7 +88,18 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw, config=config, dist_init_required=False
     )
+    _keep_memory_from_the_first_step_on(adamw, engine.device)
     return engine
+
+
+def _keep_memory_from_the_first_step_on(optimizer: torch.optim.Optimizer, device: Any) -> None:
+    """Not before: what building the engine and the moments takes for a moment would be kept too."""
+
+    def keep(*_: Any) -> None:
+        keep_freed_memory(device)
+        hook.remove()
+
+    hook = optimizer.register_step_post_hook(keep)
 
 
 def set_masters(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from lgpt.core.distributed import is_launched, is_rank_zero, local_rank
 from lgpt.core.logging import get_logger
-from lgpt.engine.memory import keep_freed_memory
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.models.packed_linear import onednn_multiplies_bf16
 
@@ -61,7 +60,6 @@ def start_process_group() -> torch.device:
         This rank's device.
     """
     device = device_of_this_rank()
-    keep_freed_memory(device)
     if dist.is_initialized():
         return device
     if not is_launched():

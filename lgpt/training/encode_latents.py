@@ -13,6 +13,7 @@ from lgpt.core.distributed import barrier, is_rank_zero, rank, world_size
 from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.data.latent_cache import CaptionEncoder, ImageEncoder, LatentCache, build_latent_cache
+from lgpt.engine.memory import keep_freed_memory
 from lgpt.engine.start import device_of_this_rank, start_process_group
 from lgpt.models.clip_encoder import ClipTextEncoder
 from lgpt.models.vqvae import VQVAE
@@ -76,6 +77,7 @@ def prepare_latent_cache(run: TransformerRun) -> list[dict[str, Any]]:
             "be written."
         ) from error
     device = start_process_group() if world_size() > 1 else device_of_this_rank()
+    keep_freed_memory(device)
     vqvae = load_vqvae_of(run.vqvae).to(device)
     vqvae_digest = vqvae.weights_digest()
     train = open_split(run.data, "train")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lgpt.core.distributed import leave_process_group, rank
-from lgpt.engine.build import build_engine
+from lgpt.engine import build
 from lgpt.engine.start import afford_bf16, load_deepspeed, start_process_group
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.settings.training import OptimizerSettings
@@ -54,20 +54,23 @@ def built(stage: int, is_bf16: bool) -> dict[str, Any]:
         "bf16": {"enabled": is_bf16},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
-    engine = build_engine(model, OptimizerSettings(learning_rate=1e-2), ds_config)
+    reached, kept = ["build"], []
+    build.keep_freed_memory = lambda device: kept.append((reached[-1], device.type))
+    engine = build.build_engine(model, OptimizerSettings(learning_rate=1e-2), ds_config)
     gathered = load_deepspeed().zero.GatheredParameters
     with gathered(list(model.parameters()), enabled=stage == 3):
         weights = {name: p.detach().float().tolist() for name, p in model.named_parameters()}
     tokens, text = torch.randint(48, (2, 9)), torch.randn(2, 4, 8)
     text = text.bfloat16() if is_bf16 else text
     losses = []
-    for _ in range(3):
+    for step in ("first", "second", "third"):
+        reached.append(step)
         loss = engine(tokens, text, targets=tokens)
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
     engine.destroy()
-    return {"most_bytes": most, "weights": weights, "losses": losses}
+    return {"most_bytes": most, "weights": weights, "losses": losses, "memory_kept": kept}
 
 
 def main() -> None:

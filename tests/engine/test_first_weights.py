@@ -85,3 +85,11 @@ def test_training_from_there_is_the_same_at_every_stage(ranks, is_bf16):
         tolerance = 2e-2 if is_bf16 else 1e-5
         torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=0)
         torch.testing.assert_close(losses[2], losses[0], rtol=tolerance, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_freed_memory_is_kept_from_the_first_step_on_and_not_that_of_building(ranks, is_bf16):
+    for result in ranks:
+        for stage in (1, 2, 3):
+            assert result[f"{stage} {is_bf16}"]["memory_kept"] == [["first", "cpu"]]
