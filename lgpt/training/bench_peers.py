@@ -1,7 +1,8 @@
 """What `lgpt bench train` compares with: two systems' training steps in plain PyTorch.
 
-Both train float32 weights under bf16 autocast with a fused AdamW and clipping at 1.0, as their
-users run them. Their feed-forward width is set so that they have as many parameters as LatentGPT.
+Both train float32 weights with a fused AdamW and clipping at 1.0, as their users run them: under
+bf16 autocast, or without it beside a run in fp32. Their feed-forward width is set so that they have
+as many parameters as LatentGPT.
 
 Shapes: B batch, L image tokens, C caption tokens, S = C + L, D width, N heads, K head width.
 """
@@ -156,7 +157,15 @@ def count_parameters(model: nn.Module) -> int:
 class PeerStep:
     """One training step of a peer; `parts` are its forward, backward and optimizer."""
 
-    def __init__(self, name: str, config: LatentGPTConfig, parameters: int, device: torch.device):
+    def __init__(
+        self,
+        name: str,
+        config: LatentGPTConfig,
+        parameters: int,
+        device: torch.device,
+        precision: str = "bf16",
+    ) -> None:
+        self._is_bf16 = precision == "bf16"
         self.model = build_peer(name, config, parameters).to(device).train()
         self.device, self._name = device, name
         self.optimizer = torch.optim.AdamW(
@@ -176,7 +185,7 @@ class PeerStep:
         return torch.randn(shape, device=self.device), mask
 
     def forward(self, tokens: Tensor, text: Any) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16):
             loss: Tensor = self.model(tokens, *text)
         return loss
 

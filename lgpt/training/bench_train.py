@@ -18,6 +18,7 @@ from rich.table import Table
 
 from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.logging import get_logger
+from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.latent_gpt import LatentGPTConfig
 from lgpt.planning.parameters import latent_gpt_parameters, transformer_surroundings
 from lgpt.settings.deepspeed import resolve_deepspeed_config
@@ -64,10 +65,13 @@ def bench_train(
 
     Raises:
         OutOfMemoryError: Not even the smallest batch ran.
-        SettingsError: The model's shape cannot be known, or a measurement failed.
+        SettingsError: The model's shape cannot be known, a measurement failed, or the peers would
+            multiply in bf16 on a CPU that has no such products.
     """
     codes, side, text_width = transformer_surroundings(run)
     config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
+    if with_peers and run.training.precision == "bf16":
+        _refuse_slow_bf16()
     tried: list[dict[str, Any]] = []
     micro_batch = run.batch.micro_batch_images
     if find_micro_batch:
@@ -75,10 +79,9 @@ def bench_train(
     parameters = latent_gpt_parameters(run.transformer, codes, side * side, text_width)
     names = ("lgpt", *(PEERS if with_peers else ()))
     task = _task(run, config, micro_batch, words, steps, ranks)
-    seen, product_seconds = _measured_in_turns({**task, "parameters": parameters}, names, rounds)
+    seen, products = _measured_in_turns({**task, "parameters": parameters}, names, rounds)
     flops = model_flops(config, micro_batch, words)
-    products_flops = _product_flops(config, micro_batch)
-    rate = products_flops / statistics.median(product_seconds)
+    rate = _product_flops(config, micro_batch) / statistics.median(p["seconds"] for p in products)
     contestants = {
         name: _summary(runs, micro_batch * (ranks if name == "lgpt" else 1), config)
         for name, runs in seen.items()
@@ -102,10 +105,22 @@ def bench_train(
         "steps": steps,
         "model_flops": flops,
         "product_flops_per_second": rate,
+        "product_dtype": products[0]["dtype"],
         "model_flops_utilisation": flops / ours["step_seconds"] / rate,
         "contestants": contestants,
         "ratios": {name: _ratios(seen, contestants, name, ranks) for name in names[1:]},
     }
+
+
+def _refuse_slow_bf16() -> None:
+    """Ours computes products in float32 there (engine/start.py); the peers would not."""
+    if multiplies_bf16(device_of_this_rank()):
+        return
+    raise SettingsError(
+        "--peers in bf16 on this CPU would compare with products that are emulated, hundreds of "
+        "times slower; give training.precision=fp32, which all three then train in, or use a "
+        "device that multiplies bf16."
+    )
 
 
 def _ratios(
@@ -127,15 +142,15 @@ def _ratios(
 
 def _measured_in_turns(
     task: dict[str, Any], names: tuple[str, ...], rounds: int
-) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Every contestant once a round, and the products alone."""
     seen: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    product_seconds = []
+    products = []
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
             seen[name].append(_measured({**task, "what": name}))
-        product_seconds.append(_measured({**task, "what": "products"})["seconds"])
-    return seen, product_seconds
+        products.append(_measured({**task, "what": "products"}))
+    return seen, products
 
 
 def _task(
@@ -158,7 +173,6 @@ def _task(
         "deepspeed": resolve_deepspeed_config(batched, ranks),
         "ranks": ranks,
         "precision": run.training.precision,
-        "dtype": "bfloat16" if run.training.precision == "bf16" else "float32",
         "micro_batch": micro_batch,
         "words": words,
         "steps": steps,
@@ -292,7 +306,8 @@ def train_table(result: dict[str, Any]) -> Table:
         )
     table.caption = (
         f"model-FLOPs utilisation {result['model_flops_utilisation']:.1%} of "
-        f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s of its matrix products alone; "
+        f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s of its "
+        f"{result['product_dtype']} matrix products alone; "
         + (
             "one process, so nothing is sent"
             if result["ranks"] == 1

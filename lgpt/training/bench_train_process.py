@@ -18,7 +18,7 @@ from lgpt.engine.blocks import apply_block_settings
 from lgpt.engine.build import build_engine, parameter_dtype
 from lgpt.engine.clock import collectives_timed, seconds_when_done
 from lgpt.engine.memory import peak_bytes
-from lgpt.engine.start import afford_bf16, device_of_this_rank, start_process_group
+from lgpt.engine.start import afford_bf16, device_of_this_rank, multiplies_bf16, start_process_group
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.settings.blocks import BlockSettings
 from lgpt.settings.training import OptimizerSettings
@@ -67,12 +67,15 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     device = device_of_this_rank()
     seed_everything(0)
     if task["what"] == "products":
-        return {"seconds": _seconds_of_products(config, task["micro_batch"], device, task["dtype"])}
+        is_bf16 = task["precision"] == "bf16" and multiplies_bf16(device)
+        dtype = torch.bfloat16 if is_bf16 else torch.float32  # what our step multiplies in, too
+        seconds = _seconds_of_products(config, task["micro_batch"], device, dtype)
+        return {"seconds": seconds, "dtype": str(dtype).split(".")[1]}
     step: Any
     if task["what"] == "lgpt":
         step = OurStep(task, config)
     else:
-        step = PeerStep(task["what"], config, task["parameters"], device)
+        step = PeerStep(task["what"], config, task["parameters"], device, task["precision"])
     steps = [_one_step(step, task, config, device) for _ in range(1 + task["steps"])]
     result = {
         "parts": steps[1:],
@@ -118,10 +121,10 @@ def product_shapes(config: LatentGPTConfig) -> list[tuple[int, int, int]]:
 
 
 def _seconds_of_products(
-    config: LatentGPTConfig, micro_batch: int, device: torch.device, dtype_name: str
+    config: LatentGPTConfig, micro_batch: int, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Seconds that a step's matrix products alone take: forward, and two each in backward."""
-    rows, dtype = micro_batch * config.num_tokens, getattr(torch, dtype_name)
+    rows = micro_batch * config.num_tokens
     total = 0.0
     for inputs, outputs, count in product_shapes(config):
         x = torch.randn(rows, inputs, device=device).to(dtype)

@@ -57,6 +57,29 @@ def test_peers_learn_one_batch(name: str) -> None:
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_peers_multiply_in_the_precision_of_the_run(name: str, precision: str) -> None:
+    step = PeerStep(name, SMALL, 120_000, torch.device("cpu"), precision)
+    head = step.model.output if name == "llamagen" else step.model.gpt2.lm_head
+    seen: list[torch.dtype] = []
+    head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.dtype))
+    step.forward(torch.randint(64, (2, 16)), step.text(2, 5, 24))
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
+
+
+def test_peers_in_bf16_are_refused_where_it_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
+    run = load_run_settings(path, ["training.precision=bf16"], environ={})
+    monkeypatch.setattr(bench, "multiplies_bf16", lambda device: device.type != "cpu")
+    monkeypatch.setattr(bench, "device_of_this_rank", lambda: torch.device("cpu"))
+    arguments = {"steps": 1, "rounds": 1, "words": 5, "memory_gib": None}
+    with pytest.raises(SettingsError, match=r"--peers in bf16 .*training\.precision=fp32"):
+        bench.bench_train(run, with_peers=True, find_micro_batch=False, **arguments)
+
+
 def test_peer_that_cannot_be_as_small_says_so() -> None:
     with pytest.raises(SettingsError, match=r"llamagen cannot have 9,000 .*at least .*--peers"):
         build_peer("llamagen", SMALL, 9_000)
@@ -104,6 +127,7 @@ def test_a_real_run_beside_its_peers(tmp_path: Path) -> None:
         assert one["images_per_second"] == pytest.approx(2 / one["step_seconds"])
         assert one["peak_bytes"] > 2**26
     assert 0 < result["model_flops_utilisation"] < 1
+    assert result["product_dtype"] == "float32"
     assert set(result["ratios"]) == set(PEERS)
     assert bench.train_table(result).row_count == 3
 
