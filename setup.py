@@ -50,6 +50,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.2",
+        "pytest-xdist>=3.7",
         "ruff>=0.8",
         "mypy>=1.11",
         "import-linter>=2",

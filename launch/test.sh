@@ -3,6 +3,7 @@
 #
 #     bash launch/test.sh [--python python3.9] [pytest arguments ...]
 #
+# Two processes run the test files side by side; -n 4 makes it four, -n 0 none (for -s and --pdb).
 # --python P makes and uses its own environment, .venv-P. With Python 3.9 the versions of the users'
 # cluster are installed (launch/constraints-py39-torch26.txt; PyTorch's CUDA build needs 6 GB of disk).
 set -euo pipefail
@@ -13,7 +14,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --python) python=${2-}; [ -n "$python" ] || needs "--python" "a name or path"; shift 2 ;;
         --python=*) python=${1#--python=}; shift ;;
-        -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) break ;;
     esac
 done
@@ -21,4 +22,4 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 lgpt_setup_env "$python" demo,dev
 cd "$LGPT_ROOT"
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --no-loadscope-reorder "$@"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
@@ -25,6 +29,8 @@ os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # jupyter_core 5.8, the last one with Python 3.9, otherwise warns at import, which is an error here.
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+# Where the whole suite was started in the background, Ctrl-C is ignored, and by all it starts too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _cuda_is_there() -> bool:
@@ -34,11 +40,39 @@ def _cuda_is_there() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on machines without one."""
+    """Skip tests marked `gpu` on machines without one; files with most slow tests come first.
+
+    So no process is left alone with a long file at the end.
+    """
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu_items and not _cuda_is_there():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    is_slow = [item.path for item in items if item.get_closest_marker("slow") is not None]
+    slow_tests = Counter(is_slow)
+    items.sort(key=lambda item: -slow_tests[item.path])
+
+
+# Session fixtures that are dear to set up: all files that use one run in the same process.
+_SHARED_FIXTURES = re.compile(r"\bdef \w+\([^)]*\b(saves|server|slurm)\b")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process whole files, and all files with the same dear fixture.
+
+    pytest-xdist's own groups (`loadgroup`, 3.8.0) have no effect with pytest 9.2.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        @functools.cache  # noqa: B019 - one scheduler a run
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            shared = _SHARED_FIXTURES.search((config.rootpath / file).read_text(encoding="utf-8"))
+            return file if shared is None else shared[1]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture
