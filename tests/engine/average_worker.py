@@ -1,4 +1,4 @@
-"""Run under the deepspeed launcher: averages of weights at every stage, what they do and leave.
+"""Run as two ranks: averages of weights at every stage, what they do and leave.
 
 Not a test module: test_average.py starts it with 2 ranks and reads what it writes.
 """
@@ -176,7 +176,7 @@ def run_case(stage: int, precision: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    words = sys.argv[1:]
     start_process_group()
     results = {name: run_case(*case) for name, case in CASES.items()}
     if is_rank_zero():

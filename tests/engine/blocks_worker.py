@@ -1,4 +1,4 @@
-"""Run under the deepspeed launcher: a step's loss and gradient norm for every block setting.
+"""Run as two ranks: a step's loss and gradient norm for every block setting.
 
 Not a test module: test_blocks.py starts it with 2 ranks and reads what it writes.
 """
@@ -50,7 +50,7 @@ def run_steps(stage: int, blocks: BlockSettings) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    words = sys.argv[1:]
     start_process_group()
     results: dict[str, Any] = {}
     for stage in (2, 3):

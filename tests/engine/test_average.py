@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,15 +33,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("average") / "found.pt"
     worker = Path(__file__).with_name("average_worker.py")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*tiny.launcher(), str(worker), str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    tiny.on_two_ranks(worker, out)
     return dict(torch.load(out, weights_only=True))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -133,14 +131,7 @@ def test_every_second_block_keeps_more_than_none_of_them() -> None:
 def test_losses_and_gradient_norms_under_zero_are_those_without(tmp_path: Path) -> None:
     out, worker = tmp_path / "seen.json", Path(__file__).with_name("blocks_worker.py")
     texts = [json.dumps(mode) for mode in ({}, *MODES)]
-    done = subprocess.run(
-        [*tiny.launcher(), str(worker), str(out), *texts],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    tiny.on_two_ranks(worker, out, *texts)
     seen = json.loads(out.read_text())
     for stage in (2, 3):
         expected = np.array(seen[f"{stage} {{}}"])

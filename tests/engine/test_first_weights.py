@@ -13,7 +13,9 @@ from first_weights_worker import CONFIG, on_meta
 
 from lgpt.engine.first_weights import make_first_weights
 from lgpt.models.latent_gpt import LatentGPT
-from lgpt.training.bench_ranks import run_ranks
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+import tiny
 
 
 def plain_weights(seed: int) -> dict[str, torch.Tensor]:
@@ -31,8 +33,7 @@ def plain_weights(seed: int) -> dict[str, torch.Tensor]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("first_weights")
     worker = Path(__file__).with_name("first_weights_worker.py")
-    codes, _, errors = run_ranks([sys.executable, str(worker), str(folder)], 2)
-    assert codes == [0, 0], errors
+    tiny.on_two_ranks(worker, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -1,4 +1,4 @@
-"""Run under the deepspeed launcher: a collapsed codebook and a winning discriminator, as files.
+"""Run as two ranks: a collapsed codebook and a winning discriminator, as files.
 
 Not a test module: test_health_response.py starts it with 2 ranks and compares what it writes.
 """
@@ -61,7 +61,7 @@ def run_case(config: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    words = sys.argv[1:]
     out, config, cases = Path(words[0]), Path(words[1]), json.loads(Path(words[2]).read_text())
     start_process_group()
     afford_bf16(torch.device("cpu"))

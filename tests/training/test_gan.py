@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,10 +95,7 @@ def config(folder: Path) -> Path:
 def zero(folder: Path, config: Path) -> dict[str, Any]:
     (folder / "cases.json").write_text(json.dumps(CASES))
     worker = Path(__file__).with_name("gan_worker.py")
-    command = [*tiny.launcher(), str(worker), str(folder), str(config), str(folder / "cases.json")]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    tiny.on_two_ranks(worker, folder, config, folder / "cases.json")
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
 
 

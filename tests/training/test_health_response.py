@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +58,7 @@ def zero(config: Path) -> dict[str, Any]:
     folder = config.parent
     (folder / "cases.json").write_text(json.dumps(CASES))
     worker = Path(__file__).with_name("health_worker.py")
-    command = [*tiny.launcher(), str(worker), str(folder), str(config), str(folder / "cases.json")]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said = tiny.on_two_ranks(worker, folder, config, folder / "cases.json")
     ended = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
     for warning in ("codebook_collapse", "discriminator_wins"):
         lasts = [
@@ -72,7 +67,7 @@ def zero(config: Path) -> dict[str, Any]:
         episodes = sum(
             float(after > before) for row in lasts for before, after in zip(row, row[1:])
         )
-        told = (done.stdout + done.stderr).count(f"{warning} at step")
+        told = said.count(f"{warning} at step")
         assert told == episodes > 0, "once an episode, by rank 0"
     return ended
 

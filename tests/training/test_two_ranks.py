@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    done = subprocess.run(
-        [*tiny.launcher(), str(WORKER), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,  # of which a busy machine takes minutes to start two ranks
-        check=False,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    tiny.on_two_ranks(WORKER, folder)
     return [json.loads((folder / f"results_{rank}.json").read_text()) for rank in (0, 1)]
 
 

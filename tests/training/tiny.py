@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from lgpt.training.bench_ranks import run_ranks
+
 COMMON: dict[str, Any] = {
     "data": {
         "dataset": "shapes",
@@ -40,6 +42,18 @@ def launcher(ranks: int = 2) -> list[str]:
         port = probe.getsockname()[1]
     program = str(Path(sys.executable).with_name("deepspeed"))
     return [program, "--num_gpus", str(ranks), "--master_port", str(port)]
+
+
+def on_two_ranks(worker: Path, *words: object) -> str:
+    """Run a worker program to its end as two ranks; what they said.
+
+    Without DeepSpeed's launcher, whose two processes take longer to start than the ranks.
+    """
+    command = [sys.executable, str(worker), *map(str, words)]
+    codes, outs, errors = run_ranks(command, 2)
+    said = "".join(outs + errors)
+    assert codes == [0, 0], said[-6000:]
+    return said
 
 
 def training(max_steps: int, precision: str = "fp32") -> dict[str, Any]:

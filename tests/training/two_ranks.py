@@ -1,4 +1,4 @@
-"""Run by test_two_ranks.py on two ranks under the launcher: what only ranks can get wrong.
+"""Run by test_two_ranks.py on two ranks: what only ranks can get wrong.
 
 Not a test module: every check leaves what each rank saw in results_<rank>.json.
 """

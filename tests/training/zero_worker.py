@@ -1,4 +1,4 @@
-"""Run under the deepspeed launcher: losses of 20 steps for every stage and precision, as JSON.
+"""Run as two ranks: losses of 20 steps for every stage and precision, as JSON.
 
 Not a test module: test_zero_equals_torch.py starts it with 2 ranks and reads what it writes.
 """
@@ -47,7 +47,7 @@ def run_steps(config: Path, stage: int, precision: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    words = sys.argv[1:]
     out, configs = Path(words[0]), [Path(word) for word in words[1:]]
     start_process_group()
     afford_bf16(torch.device("cpu"))
