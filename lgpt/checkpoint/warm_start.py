@@ -153,8 +153,11 @@ def _take(
             f"{error} The models differ in: {', '.join(told) or 'nothing that is written down'}. "
             "Only weights of the same shape can be taken."
         ) from error
-    # A model that has shapes only takes the tensors themselves.
+    # A model that has shapes only takes the tensors themselves, with their dtype: a model folder
+    # may be in bf16, and DeepSpeed would train a float32 run in it.
     is_empty = any(parameter.is_meta for parameter in model.parameters())
+    own = model.state_dict()
+    state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=is_empty)
     report = WarmStart(
         source=str(found.folder.resolve() if found.folder.exists() else found.folder),

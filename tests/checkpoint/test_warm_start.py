@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 
 from lgpt.checkpoint.convert import merged_weights
 from lgpt.checkpoint.export import convert_run
@@ -77,6 +78,23 @@ def test_a_model_folder_goes_back_into_a_run(saves, description, tmp_path, caplo
     assert report.is_same_vqvae is False
     assert "dropout was 0.0 there and is 0.5 here" in caplog.text
     assert "trained on tokens of another VQ-VAE" in caplog.text
+
+
+@pytest.mark.parametrize("has_shapes_only", [True, False])
+def test_a_bf16_model_folder_does_not_make_a_float32_run_train_in_bf16(
+    saves, description, tmp_path, has_shapes_only
+):
+    folder = convert_run(saves.folder / "runs" / "phase3", tmp_path / "model", dtype="bf16").folder
+    with torch.device("meta" if has_shapes_only else "cpu"):
+        model = fresh()
+    weights, _ = load_first_weights(model, folder, description)
+    stored = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == weights[name].dtype == torch.float32, name
+        assert torch.equal(tensor, stored[name].float()), name
+        assert torch.equal(tensor, weights[name]), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_another_vocabulary_is_named_with_its_tensors(saves, description):
