@@ -66,9 +66,16 @@ def verify(folder: Path, deep: bool) -> list[str]:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    if manifest.step != step_of(folder):
+    # A copy of a checkpoint may have any name; one in a run folder is found by its step.
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    if match is not None and manifest.step != int(match.group(1)):
         return [f"its manifest is the one of step {manifest.step}"]
     return problems_of_files(folder, manifest.files, deep)
+
+
+def with_its_name(folder: Path) -> Path:
+    """The same folder by a path that ends in its name, which `.` and `..` do not."""
+    return folder.resolve() if folder.name in ("", "..") else folder
 
 
 def problems_known_of(folder: Path) -> list[str]:
@@ -78,6 +85,11 @@ def problems_known_of(folder: Path) -> list[str]:
         return problems
     check = recorded_check(folder)
     return [] if check is None else list(check.problems)
+
+
+def is_of_a_run(folder: Path) -> bool:
+    """Whether a checkpoint folder lies where a run looks for its own."""
+    return folder.parent.name == "checkpoints" and _STEP_FOLDER.fullmatch(folder.name) is not None
 
 
 def step_folders(checkpoints: Path) -> list[Path]:

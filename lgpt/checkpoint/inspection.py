@@ -11,7 +11,14 @@ from typing import Any, Optional
 from rich.table import Table
 
 from lgpt.checkpoint.checks import record_check, recorded_check
-from lgpt.checkpoint.folders import problems_known_of, step_folders, step_of, verify
+from lgpt.checkpoint.folders import (
+    is_of_a_run,
+    problems_known_of,
+    step_folders,
+    step_of,
+    verify,
+    with_its_name,
+)
 from lgpt.checkpoint.manifest import FILE_NAME as MANIFEST
 from lgpt.checkpoint.manifest import read_manifest
 from lgpt.checkpoint.retention import Keep, Kept, reasons_to_stay, survey
@@ -50,8 +57,9 @@ def list_checkpoints(run_folder: Path, keep: Keep) -> dict[str, Any]:
 def verify_checkpoints(place: Path) -> dict[str, Any]:
     """Read every byte of one checkpoint, or of all of a run, and compare it with its digest.
 
-    What was found is kept in checks.json, where resuming and pruning look.
+    What was found is kept in the run's checks.json, where resuming and pruning look.
     """
+    place = with_its_name(place)
     if (place / MANIFEST).is_file() or place.parent.name == "checkpoints":
         folders = [place]
     else:
@@ -61,7 +69,8 @@ def verify_checkpoints(place: Path) -> dict[str, Any]:
         started_at = time.monotonic()
         problems = verify(folder, deep=True)
         seconds = time.monotonic() - started_at
-        record_check(folder, problems)
+        if is_of_a_run(folder):
+            record_check(folder, problems)
         size = _bytes_of(folder)
         results.append(
             {

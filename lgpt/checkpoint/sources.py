@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Optional
 
 from lgpt.checkpoint.deepspeed_files import files_by_rank
-from lgpt.checkpoint.folders import newest_checkpoint
+from lgpt.checkpoint.folders import newest_checkpoint, with_its_name
 from lgpt.checkpoint.manifest import FILE_NAME as MANIFEST
 from lgpt.checkpoint.retention import survey
 from lgpt.core.errors import CheckpointError
@@ -47,6 +47,7 @@ def find_checkpoint(source: Path, tag: Optional[str] = None) -> CheckpointPlace:
     Raises:
         CheckpointError: There is none such; it lists those that are there.
     """
+    source = with_its_name(source)
     if tag is not None:
         return _tagged(source, tag)
     if (source / MANIFEST).is_file():

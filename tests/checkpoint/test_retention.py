@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Optional
 
@@ -14,6 +15,7 @@ from lgpt.checkpoint.checks import record_check, recorded_check
 from lgpt.checkpoint.folders import newest_checkpoint, verify
 from lgpt.checkpoint.manifest import Manifest, list_files, record_files
 from lgpt.checkpoint.retention import Keep, Kept, prune, reasons_to_stay, survey
+from lgpt.checkpoint.sources import find_checkpoint
 from lgpt.cli import app
 from lgpt.core.errors import CheckpointError
 
@@ -118,6 +120,27 @@ def test_a_manifest_from_another_step_makes_a_checkpoint_unusable(tmp_path):
     (new / "manifest.json").write_bytes((old / "manifest.json").read_bytes())
     assert verify(new, deep=False) == ["its manifest is the one of step 3"]
     assert newest_checkpoint(tmp_path) == old
+
+
+@pytest.mark.parametrize("name", ["backup", ".diverged_step_3", "."])
+def test_a_copy_of_a_checkpoint_is_one_whatever_its_name(tmp_path, monkeypatch, name):
+    original = make(tmp_path / "mine", 3)
+    folder = original
+    if name == ".":
+        monkeypatch.chdir(original)
+    else:
+        folder = Path(shutil.copytree(original, tmp_path / name))
+        flip_a_bit(original)
+    place = find_checkpoint(Path(".") if name == "." else folder)
+    assert place.step_folder.samefile(folder)
+    assert place.name == folder.name
+    assert verify(place.step_folder, deep=True) == []
+    (result,) = lgpt("checkpoint", "verify", name if name == "." else folder, "--json")["checkpoints"]
+    assert result["is_whole"]
+    # Only a run's own folder is a memory of what was read.
+    assert [path.parent for path in tmp_path.rglob("checks.json")] == (
+        [original.parent] if name == "." else []
+    )
 
 
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path):
