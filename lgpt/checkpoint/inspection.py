@@ -104,7 +104,7 @@ def explain_choice(run_folder: Path, reads_all: bool) -> dict[str, Any]:
             break
         passed_over.append({"checkpoint": folder.name, "problems": problems})
     facts: Mapping[str, Any] = {} if chosen is None else read_manifest(chosen).facts
-    is_done = (run_folder / "DONE").exists()
+    is_done = (checkpoints.parent / "DONE").exists()
     return {
         "run_folder": str(run_folder),
         "chosen": None if chosen is None else chosen.name,

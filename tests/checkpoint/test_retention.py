@@ -189,6 +189,9 @@ def test_why_names_the_reason_of_every_newer_one(run_folder):
     assert "Not from step_60: " in read["text"]
     assert "never completed" in read["text"]
     assert "Not from step_50: model/shard.pt has other content than was saved" in read["text"]
+    (run_folder / "DONE").touch()
+    of_checkpoints = lgpt("checkpoint", "why", run_folder / "checkpoints", "--json")
+    assert (of_checkpoints["chosen"], of_checkpoints["is_done"]) == ("step_40", True)
     # What a read found is not forgotten.
     assert lgpt("checkpoint", "why", run_folder, "--quick", "--json")["chosen"] == "step_40"
 
