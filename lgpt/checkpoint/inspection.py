@@ -216,7 +216,7 @@ def _checkpoints_of(run_folder: Path) -> Path:
 
 def _latest(checkpoints: Path) -> Optional[str]:
     try:
-        return (checkpoints / "latest").read_text().strip()
+        return (checkpoints / "latest").read_text(errors="replace").strip()
     except OSError:
         return None
 

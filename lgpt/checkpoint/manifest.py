@@ -82,15 +82,29 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {stored['format']}, this version reads up to {_FORMAT}: "
                 "use the version of lgpt that wrote it, see 'versions' there."
             )
+        _refuse_other_types(stored)
         stored["files"] = {name: FileRecord(**record) for name, record in stored["files"].items()}
         stored["engines"] = {name: EngineRecord(**each) for name, each in stored["engines"].items()}
         return Manifest(**stored)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder} has no {FILE_NAME}: saving it was never completed."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+
+
+def _refuse_other_types(stored: Mapping[str, Any]) -> None:
+    """Raise TypeError for what was edited by hand and would fail where it is looked at."""
+    kinds: dict[str, Any] = {"step": int, "world_size": int, "versions": dict, "facts": dict}
+    kinds["created_at"] = (int, float)
+    for name, kind in kinds.items():
+        if name in stored and not isinstance(stored[name], kind):
+            raise TypeError(f"{name} is {stored[name]!r}")
+    if (measured := stored.get("facts", {}).get("validation")) is not None:
+        float(measured["loss"])
 
 
 def record_files(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from lgpt.checkpoint.checks import record_check, recorded_check
 from lgpt.checkpoint.folders import newest_checkpoint, verify
+from lgpt.checkpoint.load import find_whole_checkpoint
 from lgpt.checkpoint.manifest import Manifest, list_files, record_files
 from lgpt.checkpoint.retention import Keep, Kept, prune, reasons_to_stay, survey
 from lgpt.checkpoint.sources import find_checkpoint
@@ -122,6 +124,49 @@ def test_a_manifest_from_another_step_makes_a_checkpoint_unusable(tmp_path):
     assert newest_checkpoint(tmp_path) == old
 
 
+def _no_folder(manifest: Path) -> None:
+    shutil.rmtree(manifest.parent)
+    manifest.parent.write_text("a file")
+
+
+def _folder_in_its_place(manifest: Path) -> None:
+    manifest.unlink()
+    manifest.mkdir()
+
+
+def _with(**changes: object) -> Callable[[Path], None]:
+    def edit(manifest: Path) -> None:
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (_no_folder, "has no manifest.json"),
+        (_folder_in_its_place, "manifest.json cannot be read (Is a directory)"),
+        (_with(step="60"), "step is '60'"),
+        (_with(world_size="two"), "world_size is 'two'"),
+        (_with(created_at="today"), "created_at is 'today'"),
+        (_with(facts=None), "facts is None"),
+        (_with(facts={"validation": 3}), "not subscriptable"),
+        (_with(facts={"validation": {"loss": None}}), "not 'NoneType'"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_told_and_the_one_before_it_chosen(run_folder, edit, told):
+    make(run_folder, 70)
+    edit(run_folder / "checkpoints" / "step_70" / "manifest.json")
+    (run_folder / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
+    choice = lgpt("checkpoint", "why", run_folder, "--json")
+    assert choice["chosen"] == "step_40"
+    assert told in choice["passed_over"][0]["problems"][0]
+    listed = lgpt("checkpoint", "ls", run_folder, "--json")
+    assert told in listed["checkpoints"][0]["problems"][0]
+    assert "step_70" in lgpt("checkpoint", "prune", run_folder, "--json")["stays"]
+    assert find_whole_checkpoint(run_folder) == run_folder / "checkpoints" / "step_40"
+
+
 @pytest.mark.parametrize("name", ["backup", ".diverged_step_3", "."])
 def test_a_copy_of_a_checkpoint_is_one_whatever_its_name(tmp_path, monkeypatch, name):
     original = make(tmp_path / "mine", 3)
@@ -135,7 +180,9 @@ def test_a_copy_of_a_checkpoint_is_one_whatever_its_name(tmp_path, monkeypatch, 
     assert place.step_folder.samefile(folder)
     assert place.name == folder.name
     assert verify(place.step_folder, deep=True) == []
-    (result,) = lgpt("checkpoint", "verify", name if name == "." else folder, "--json")["checkpoints"]
+    (result,) = lgpt("checkpoint", "verify", name if name == "." else folder, "--json")[
+        "checkpoints"
+    ]
     assert result["is_whole"]
     # Only a run's own folder is a memory of what was read.
     assert [path.parent for path in tmp_path.rglob("checks.json")] == (
