@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lgpt.checkpoint.manifest import FileRecord, record_files
+from lgpt.core.errors import CheckpointError
 
 
 class CopiedStates:
@@ -82,15 +83,19 @@ class Writer(threading.Thread):
                 del state  # its memory is free before the next one is written
                 name = path.relative_to(self._folder).as_posix()
                 self.records.update(record_files(self._folder, [name]))
-        except (OSError, RuntimeError) as error:  # the latter is torch's, on a full disk
+        except Exception as error:  # whatever it is: what was not written must not be published
             self.error = error
         finally:
             self._states.clear()
 
     def raise_what_failed(self) -> None:
         """After its end, on the main thread."""
-        if self.error is not None:
+        if isinstance(self.error, (OSError, RuntimeError)):  # the latter is torch's on a full disk
             raise self.error
+        if self.error is not None:
+            # All ranks learn of these (agreement.py), and not only of what a disk does.
+            told = f"{type(self.error).__name__}: {self.error}"
+            raise CheckpointError(f"the thread that writes ended with {told}") from self.error
 
 
 @contextmanager

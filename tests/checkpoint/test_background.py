@@ -14,6 +14,7 @@ from test_resume import steps_of, tensors_in
 from lgpt.checkpoint.background import CopiedStates, Writer, copy_to_memory
 from lgpt.checkpoint.deepspeed_files import read_safely
 from lgpt.checkpoint.manifest import record_files
+from lgpt.core.errors import CheckpointError
 
 
 def test_a_copy_is_what_would_have_been_written_then(tmp_path):
@@ -54,6 +55,20 @@ def test_a_writer_digests_what_it_wrote_and_keeps_what_stopped_it(tmp_path):
     failing.join()
     with pytest.raises(RuntimeError, match="gone"):
         failing.raise_what_failed()
+
+
+def test_a_writer_that_runs_out_of_memory_does_not_count_as_done(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    states = CopiedStates()
+    states.by_path[tmp_path / "a.pt"] = {"x": torch.arange(5)}
+    writer = Writer(tmp_path, states)
+    monkeypatch.setattr(torch, "save", full)
+    writer.start()
+    writer.join()
+    with pytest.raises(CheckpointError, match=r"ended with MemoryError: std::bad_alloc"):
+        writer.raise_what_failed()
 
 
 @pytest.mark.slow
