@@ -21,13 +21,18 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     start puts it back first.
 
     Args:
-        out: New, empty, or (with `overwrite`) an earlier export.
+        out: New, empty, or (with `overwrite`) an earlier export. A link stays one, and what it
+            points to is written.
 
     Raises:
         CheckpointError: `out` holds something else, or the disk does not take the files.
     """
-    _put_back(out)
-    _refuse_foreign(out, overwrite)
+    try:
+        out = out.resolve()  # `.` has no name to stage beside
+        _put_back(out)
+        _refuse_foreign(out, overwrite)
+    except (OSError, RuntimeError) as error:  # the latter for links in a circle
+        raise CheckpointError(f"{out} cannot be written to ({error}).") from error
     staging = out.with_name(f".{out.name}.staging")
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -66,8 +71,7 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
 
 
 def _put_back(out: Path) -> None:
-    old = _replaced(out)
-    if not old.is_dir() or out.exists():
+    if out.exists() or not (old := _replaced(out)).is_dir():
         return
     try:
         old.rename(out)
