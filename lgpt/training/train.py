@@ -28,6 +28,7 @@ from lgpt.tracking.run_tracker import RunTracker
 from lgpt.training.launcher_watch import LauncherWatch
 from lgpt.training.loop import run_training
 from lgpt.training.resume import Resume, decide_resume, load_resume
+from lgpt.training.run_lock import RunLock
 from lgpt.training.run_progress import Progress
 from lgpt.training.train_transformer import TransformerTask
 from lgpt.training.train_vqvae import VqvaeTask
@@ -50,6 +51,12 @@ def train(run: RunSettings, ds_config: dict[str, Any]) -> None:
     device = start_process_group()
     if _is_done(run):
         return
+    with RunLock(run.run_folder):
+        _train_alone(run, ds_config, device)
+
+
+def _train_alone(run: RunSettings, ds_config: dict[str, Any], device: torch.device) -> None:
+    """No other process trains in the run folder."""
     if run.training.precision == "bf16":
         afford_bf16(device)
     newest = find_whole_checkpoint(run.run_folder)
