@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,9 @@ Choice = Literal["config", "checkpoint"]
 # What a checkpoint can give back: numbers of the steps, not what they are taken on.
 _IMPOSABLE = ("optimizer", "schedule", "batch")
 _READ_ONLY = ("seed", "data")
+_OF_THE_MODEL = ("conditioning", "transformer", "loss", "discriminator")
+# Every kernel gives the same, and so do the same weights in another place.
+_OF_THE_MACHINE = ("transformer.attention", "loss.vgg16_weights", "loss.lpips_weights")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Row:
 
     Attributes:
         is_content: It decides which pictures the steps see; no choice brings the old one back.
+        is_model: The same of the model and its loss, where another value leaves every shape.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Row:
     checkpoint: Any
     effective: Any
     is_content: bool = False
+    is_model: bool = False
 
     @property
     def differs(self) -> bool:
@@ -42,7 +47,7 @@ def settled(run: RunSettings, saved: RunSettings, choice: Choice) -> RunSettings
 
 
 def settings_rows(run: RunSettings, saved: RunSettings, effective: RunSettings) -> list[Row]:
-    """Every number of optimizer, schedule and batch, and what differs in seed and data."""
+    """Every number of optimizer, schedule and batch; what differs in seed, data and model."""
     rows = []
     for section in _IMPOSABLE:
         for name in type(getattr(run, section)).model_fields:
@@ -53,13 +58,23 @@ def settings_rows(run: RunSettings, saved: RunSettings, effective: RunSettings) 
     decay = run.training.ema_decay
     rows.append(Row("training.ema_decay", decay, saved.training.ema_decay, decay))
     for section in _READ_ONLY:
-        ours, theirs = (_flat(section, getattr(each, section)) for each in (run, saved))
-        for name in {**ours, **theirs}:
-            if ours.get(name) != theirs.get(name):
-                rows.append(
-                    Row(name, ours.get(name), theirs.get(name), ours.get(name), is_content=True)
-                )
+        for name, ours, theirs in _differing(section, run, saved):
+            rows.append(Row(name, ours, theirs, ours, is_content=True))
+    # The VQ-VAE of the other phases is told by the digest of its weights.
+    for section in (*_OF_THE_MODEL, *(["vqvae"] if run.trains == "vqvae" else [])):
+        for name, ours, theirs in _differing(section, run, saved):
+            rows.append(Row(name, ours, theirs, ours, is_model=True))
     return rows
+
+
+def _differing(
+    section: str, run: RunSettings, saved: RunSettings
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value now and value of the save of every field of a section that differs."""
+    ours, theirs = (_flat(section, getattr(each, section, None)) for each in (run, saved))
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name) and name not in _OF_THE_MACHINE:
+            yield name, ours.get(name), theirs.get(name)
 
 
 def facts_rows(

@@ -92,7 +92,8 @@ def load_resume(
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded; or `checkpoint` was chosen and the run
-            reads other pictures, another VQ-VAE or another cache than it did.
+            reads other pictures, another VQ-VAE or another cache than it did, or has another model
+            or loss.
     """
     engines = task.engines()
     built = {name: hyperparameters(engine) for name, engine in engines.items()}
@@ -204,19 +205,27 @@ def _all_rows(
 
 
 def _refuse_or_tell_other_content(resume: Resume, rows: list[Row]) -> None:
-    changed = [row for row in rows if row.is_content and row.differs and row.checkpoint is not None]
-    if not changed:
-        return
-    names = ", ".join(f"{row.name} (was {row.checkpoint}, is {row.config})" for row in changed)
-    if resume.choice == "checkpoint":
+    differing = [row for row in rows if row.differs]
+    content = [row for row in differing if row.is_content and row.checkpoint is not None]
+    model = [row for row in differing if row.is_model]
+    if resume.choice == "checkpoint" and (content or model):
         raise CheckpointError(
             f"checkpoint.resume is checkpoint, but {resume.folder} was trained on something else: "
-            f"{names}. Give it back what is in the config.yaml there, or set "
-            "checkpoint.resume=config to go on with what there is now."
+            f"{_was_and_is(content + model)}. Give it back what is in the config.yaml there, or "
+            "set checkpoint.resume=config to go on with what there is now."
         )
-    if is_rank_zero():
+    if content and is_rank_zero():
         _log.warning(
             "The next steps read something else than those before: %s. Pictures of this epoch may "
             "be seen twice or never.",
-            names,
+            _was_and_is(content),
         )
+    if model and is_rank_zero():
+        _log.warning(
+            "The next steps train another model or loss than those before: %s.",
+            _was_and_is(model),
+        )
+
+
+def _was_and_is(rows: list[Row]) -> str:
+    return ", ".join(f"{row.name} (was {row.checkpoint}, is {row.config})" for row in rows)

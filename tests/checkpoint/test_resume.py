@@ -303,3 +303,31 @@ def test_the_diff_has_every_number_of_the_three(tmp_path):
     table = table_of([decay, data])
     assert table.splitlines()[0].split("  ")[-1] == "effective"
     assert "*  optimizer.weight_decay" in table
+
+
+def test_a_model_or_loss_that_fits_and_is_another_one_is_told_and_no_old_number(ranks, folder):
+    """Without norms of queries and keys no shape tells how many heads there were."""
+    model = {"qk_norm": False, "dropout": 0.0}
+    changes = {"training": {"max_steps": 2}, "schedule": {"warmup_steps": 1}}
+    config = tiny_runs.write_run(folder, "heads", "transformer", transformer=model, **changes)
+    assert ranks.train(config, ranks=1).codes == [0]
+    words = ("training.max_steps=3", "transformer.heads=4", "transformer.attention=sdpa")
+    refused = ranks.train(config, *words, "checkpoint.resume=checkpoint", ranks=1)
+    assert refused.codes == [3]
+    assert "was trained on something else: transformer.heads (was 2, is 4). Give" in refused.log
+    went_on = ranks.train(config, *words, ranks=1)
+    assert went_on.codes == [0]
+    (row,) = [line for line in went_on.log.splitlines() if "*  transformer." in line]
+    assert row.split() == ["*", "transformer.heads", "4", "2", "4"]
+    assert "train another model or loss than those before: transformer.heads (was" in went_on.log
+
+
+def test_the_diff_tells_what_differs_in_a_vqvae_and_its_loss(tmp_path):
+    path = tiny_runs.write_run(tmp_path, "a", "vqvae")
+    old = load_run_settings(path, environ={})
+    new = load_run_settings(path, ["vqvae.dropout=0.3", "loss.reconstruction=l2"], environ={})
+    rows = [row for row in settings_rows(new, old, new) if row.is_model]
+    assert [(row.name, row.config, row.checkpoint) for row in rows] == [
+        ("loss.reconstruction", "l2", "l1"),
+        ("vqvae.dropout", 0.3, 0.1),
+    ]
