@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,9 @@ for _stub, _module, _name in _STUBS:
     # torch's safe loader looks an allowed class or function up by these two.
     _stub.__module__, _stub.__name__, _stub.__qualname__ = _module, _name, _name
 
+# What torch's safe loader stumbles over where a byte of the pickle is another one.
+_DAMAGED = (AssertionError, AttributeError, LookupError, TypeError, struct.error)
+
 
 def read_safely(path: Path) -> Any:
     """Read a torch file of a DeepSpeed checkpoint with tensors and plain values only.
@@ -64,7 +68,7 @@ def read_safely(path: Path) -> Any:
         raise CheckpointError(
             f"{path} holds more than tensors and is not read: {_core_of(error)}."
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (*_DAMAGED, OSError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error)[:300]}.") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -161,4 +162,21 @@ def test_a_stage_that_is_pickled_by_its_name_is_read(tmp_path):
 def test_no_other_attribute_is_taken_from_a_shard(tmp_path, owner, name):
     torch.save({"stage": ByName(owner, name)}, tmp_path / "shard.pt")
     with pytest.raises(CheckpointError, match=r"more than tensors .*: it names getattr"):
+        read_safely(tmp_path / "shard.pt")
+
+
+class WithMetadata:
+    """Pickled as a tensor whose metadata is a number: one byte away from a real one."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        storage = torch.storage.TypedStorage(
+            wrap_storage=torch.zeros(2).untyped_storage(), dtype=torch.float32, _internal=True
+        )
+        arguments = (storage, 0, (2,), (1,), False, OrderedDict(), 5)
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+def test_a_tensor_that_cannot_be_rebuilt_is_told(tmp_path):
+    torch.save({"module": WithMetadata()}, tmp_path / "shard.pt")
+    with pytest.raises(CheckpointError, match=r"shard\.pt cannot be read: expected dict, got"):
         read_safely(tmp_path / "shard.pt")
