@@ -2,7 +2,8 @@
 
 Two at once take each other's staged checkpoints and metrics away. The lock is a POSIX record lock
 on `<run>/.lock`: the kernel drops it with its process, however that ends, forked workers do not
-inherit it, and NFS knows it too.
+inherit it, and NFS knows it too. There a node that dies may keep it: a Slurm job that starts again
+takes it from its own earlier start.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -36,7 +38,7 @@ class RunLock:
         SettingsError: On every rank: another process has it.
     """
 
-    def __init__(self, run_folder: Path, patience_seconds: float = 30.0) -> None:
+    def __init__(self, run_folder: Path, patience_seconds: float = 60.0) -> None:
         self._path, self._patience_seconds = run_folder / ".lock", patience_seconds
         # Nothing else in this process may open it: closing any descriptor of it drops the lock.
         self._file: Optional[IO[str]] = None
@@ -48,7 +50,8 @@ class RunLock:
             self.__exit__()
             raise SettingsError(
                 f"{self._path.parent} is being trained by another process ({holder}): wait for it "
-                "or end it, then start again; or give another name=."
+                "or end it, then start again; or give another name=. If it is gone with its node, "
+                f"remove {self._path}."
             )
         return self
 
@@ -62,9 +65,16 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+", encoding="utf-8", errors="replace")
             if not self._wait_for(self._file):
-                return self._holder()
+                if not _is_an_earlier_start_of_this_job(self._holder()):
+                    return self._holder()
+                _log.warning("%s ended with its node: its lock is left to it", self._holder())
+                self._file.close()
+                self._path.unlink()
+                self._file = self._path.open("a+", encoding="utf-8", errors="replace")
+                if not _locked(self._file):
+                    return self._holder()
             self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}{_job()}\n")
             self._file.flush()
         except OSError as error:
             # No locks there, or a folder that cannot be written, which the next write tells.
@@ -86,6 +96,20 @@ class RunLock:
         assert self._file is not None
         self._file.seek(0)
         return self._file.read().strip() or "unknown"
+
+
+def _job() -> str:
+    """Which start of which Slurm job this is; nothing outside of one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return "" if job is None else f", Slurm job {job}, start {start}"
+
+
+def _is_an_earlier_start_of_this_job(holder: str) -> bool:
+    """Slurm ends every process of a job before it starts the job again."""
+    found = re.search(r", Slurm job (\S+), start (\d+)$", holder)
+    ours = re.search(r", Slurm job (\S+), start (\d+)$", _job())
+    return bool(found and ours and found[1] == ours[1] and int(found[2]) < int(ours[2]))
 
 
 def _locked(file: IO[str]) -> bool:
