@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Optional
 
 from lgpt.checkpoint.manifest import FILE_NAME as MANIFEST
+from lgpt.checkpoint.manifest import UNREADABLE
 from lgpt.core.files import sha256_of_file, write_json_atomically
 from lgpt.core.logging import get_logger
 
@@ -47,8 +48,11 @@ def recorded_check(folder: Path) -> Optional[Check]:
 def record_check(folder: Path, problems: Sequence[str]) -> None:
     """Keep what a full read of a checkpoint found; one process at a time.
 
-    A folder that cannot be written is no reason to fail: the next reader reads again.
+    A folder that cannot be written is no reason to fail: the next reader reads again. So it does
+    where a file could not be read: a server that was away is no damage.
     """
+    if any(UNREADABLE in problem for problem in problems):
+        return
     checks = {
         name: check
         for name, check in _read(folder.parent).items()

@@ -15,6 +15,8 @@ from lgpt.core.errors import CheckpointError
 from lgpt.core.files import sha256_of_file, write_json_atomically
 
 FILE_NAME = "manifest.json"
+UNREADABLE = "cannot be read"
+"""In a problem that the disk had with reading: the bytes themselves may be right."""
 _FORMAT = 2
 _READERS = min(8, os.cpu_count() or 1)
 _READABLE = (1, _FORMAT)  # 1 had no facts
@@ -93,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(f"{path} {UNREADABLE} ({error.strerror}).") from error
 
 
 def _refuse_other_types(stored: Mapping[str, Any]) -> None:
@@ -154,4 +156,4 @@ def _digest_or_problem(path: Path) -> tuple[str, str]:
     try:
         return sha256_of_file(path), ""
     except OSError as error:
-        return "", f"cannot be read ({error.strerror})"
+        return "", f"{UNREADABLE} ({error.strerror})"

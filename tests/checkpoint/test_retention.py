@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from lgpt.checkpoint.retention import Keep, Kept, prune, reasons_to_stay, survey
 from lgpt.checkpoint.sources import find_checkpoint
 from lgpt.cli import app
 from lgpt.core.errors import CheckpointError
+from lgpt.core.files import sha256_of_file
 
 
 def make(run_folder: Path, step: int, loss: Optional[float] = None) -> Path:
@@ -276,3 +279,18 @@ def test_prune_says_first_then_does_and_leaves_a_running_save_alone(run_folder):
 def test_a_folder_without_checkpoints_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoints: give a run folder"):
         lgpt("checkpoint", "why", tmp_path)
+
+
+def test_a_disk_that_does_not_answer_is_not_kept_as_damage(tmp_path, monkeypatch):
+    older, newer = make(tmp_path, 3), make(tmp_path, 6)
+
+    def away(path: Path) -> str:
+        if newer in path.parents and path.suffix == ".pt":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return sha256_of_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lgpt.checkpoint.manifest.sha256_of_file", away)
+        assert find_whole_checkpoint(tmp_path) == older
+    assert recorded_check(newer) is None
+    assert find_whole_checkpoint(tmp_path) == newer
