@@ -178,8 +178,10 @@ def choice_text(choice: Mapping[str, Any]) -> str:
             f"{choice['run_folder']} is done (DONE exists): a start trains nothing, unless it took "
             "all its steps and training.max_steps is raised."
         )
-    if choice["chosen"] is None:
-        lines.append(f"A start would begin at step 0: no checkpoint is whole ({how}).")
+    if choice["chosen"] is None and choice["passed_over"]:
+        lines.append(f"A start would refuse to begin anew: no checkpoint is whole ({how}).")
+    elif choice["chosen"] is None:
+        lines.append("A start would begin at step 0: there is no checkpoint.")
     else:
         place = choice["place"]
         where = (

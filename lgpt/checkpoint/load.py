@@ -36,6 +36,12 @@ def find_whole_checkpoint(run_folder: Path) -> Optional[Path]:
     """The newest checkpoint of which every byte is as it was saved. All ranks call it.
 
     Each rank reads its share. One that is damaged is told with its reason and skipped.
+
+    Returns:
+        None where no checkpoint was ever completed.
+
+    Raises:
+        CheckpointError: On every rank: there are some, and none is whole.
     """
     candidates: list[Path] = []
     if is_rank_zero():
@@ -52,6 +58,12 @@ def find_whole_checkpoint(run_folder: Path) -> Optional[Path]:
             return Path(folder)
         if is_rank_zero():
             _log.warning("Checkpoint %s is skipped: %s", folder, "; ".join(problems[:3]))
+    if candidates:
+        raise CheckpointError(
+            f"None of the {len(candidates)} checkpoints in {run_folder / 'checkpoints'} is whole, "
+            "and nothing begins anew over them. Is their disk back? Then start again; or bring a "
+            "copy back; or give another name= (or move that folder away) to begin at step 0."
+        )
     return None
 
 

@@ -281,6 +281,16 @@ def test_a_folder_without_checkpoints_is_told(tmp_path):
         lgpt("checkpoint", "why", tmp_path)
 
 
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_anew(tmp_path):
+    assert find_whole_checkpoint(tmp_path) is None, "nothing was completed yet"
+    flip_a_bit(make(tmp_path, 3))
+    (make(tmp_path, 6) / "model" / "shard.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"None of the 2 checkpoints .*another name="):
+        find_whole_checkpoint(tmp_path)
+    assert "refuse to begin anew" in lgpt("checkpoint", "why", tmp_path, "--json")["text"]
+    assert find_whole_checkpoint(make(tmp_path, 9).parents[1]) is not None
+
+
 def test_a_disk_that_does_not_answer_is_not_kept_as_damage(tmp_path, monkeypatch):
     older, newer = make(tmp_path, 3), make(tmp_path, 6)
 
