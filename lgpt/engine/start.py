@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch.overrides import TorchFunctionMode
 
 from lgpt.core.distributed import is_launched, is_rank_zero, local_rank
+from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.engine.ranks import broadcast_from_rank_zero
 from lgpt.models.packed_linear import onednn_multiplies_bf16
@@ -58,6 +59,9 @@ def start_process_group() -> torch.device:
 
     Returns:
         This rank's device.
+
+    Raises:
+        SettingsError: Another program listens on the launcher's port.
     """
     device = device_of_this_rank()
     if dist.is_initialized():
@@ -67,11 +71,19 @@ def start_process_group() -> torch.device:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
     deepspeed = load_deepspeed()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=_COLLECTIVE_TIMEOUT,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=_COLLECTIVE_TIMEOUT,
+            verbose=False,
+        )
+    except RuntimeError as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        raise SettingsError(
+            f"port {os.environ.get('MASTER_PORT')} of this machine is taken, probably by another "
+            "training: give the launcher another one, as in `deepspeed --master_port 29501 ...`."
+        ) from error
     return device
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -61,3 +66,28 @@ def test_other_types_pass_untouched():
     a = torch.randn(4, 8, dtype=torch.float64)
     with Float32Products():
         assert (a @ a.T).dtype == torch.float64
+
+
+def test_a_launchers_port_that_another_program_has_is_a_sentence():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        program = """
+from lgpt.core.errors import SettingsError
+from lgpt.engine.start import start_process_group
+try:
+    start_process_group()
+except SettingsError as error:
+    print(error)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **launched, "MASTER_PORT": port},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert f"port {port} of this machine is taken" in done.stdout, done.stderr[-3000:]
+    assert "--master_port" in done.stdout
