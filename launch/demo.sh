@@ -126,7 +126,10 @@ train() { # CONFIG RUN-FOLDER
         printf '\n%s is done.\n' "$2"
         return
     fi
-    run deepspeed --num_gpus "$ranks" --module lgpt train "$1"
+    # A port of its own: another training on the machine has DeepSpeed's usual one.
+    local port
+    port=$(python -c 'import socket; probe = socket.socket(); probe.bind(("127.0.0.1", 0)); print(probe.getsockname()[1])')
+    run deepspeed --num_gpus "$ranks" --master_port "$port" --module lgpt train "$1"
     if [ ! -e "$2/DONE" ]; then # DeepSpeed returns 0 also when its launcher was killed
         printf '\ndemo.sh: the training ended without %s/DONE. To go on: %s\n' "$2" "$again" >&2
         exit 1

@@ -91,10 +91,11 @@ def run(clone: Path, *words: str) -> str:
 
 def commands(clone: Path) -> list[str]:
     lines = (clone / "commands.txt").read_text().splitlines()
-    return [re.sub(r"--num_gpus \d", "--num_gpus N", line) for line in lines]
+    numbers = r"--num_gpus \d --master_port \d+"
+    return [re.sub(numbers, "--num_gpus N --master_port P", line) for line in lines]
 
 
-TRAIN = "deepspeed --num_gpus N --module lgpt train lgpt/configs/demo/"
+TRAIN = "deepspeed --num_gpus N --master_port P --module lgpt train lgpt/configs/demo/"
 
 
 def test_the_demo_walks_the_phases_and_does_not_redo_what_is_done(clone: Path):
