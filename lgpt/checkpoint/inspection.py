@@ -180,6 +180,8 @@ def choice_text(choice: Mapping[str, Any]) -> str:
         )
     if choice["chosen"] is None and choice["passed_over"]:
         lines.append(f"A start would refuse to begin anew: no checkpoint is whole ({how}).")
+    elif choice["chosen"] is None and choice["is_done"]:
+        lines.append("There is no checkpoint that it could go on from.")
     elif choice["chosen"] is None:
         lines.append("A start would begin at step 0: there is no checkpoint.")
     else:

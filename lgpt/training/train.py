@@ -14,7 +14,7 @@ from lgpt.checkpoint.export import convert_run
 from lgpt.checkpoint.load import find_whole_checkpoint
 from lgpt.checkpoint.warm_start import load_first_weights, load_foreign_vqvae
 from lgpt.core.distributed import barrier, is_rank_zero, rank, seed_everything, world_size
-from lgpt.core.errors import OutOfMemoryError, RankLostError, SettingsError
+from lgpt.core.errors import CheckpointError, OutOfMemoryError, RankLostError, SettingsError
 from lgpt.core.files import write_json_atomically, write_text_atomically
 from lgpt.core.logging import get_logger
 from lgpt.engine.average import WeightAverage
@@ -60,6 +60,8 @@ def _train_alone(run: RunSettings, ds_config: dict[str, Any], device: torch.devi
     if run.training.precision == "bf16":
         afford_bf16(device)
     newest = find_whole_checkpoint(run.run_folder)
+    if newest is None:
+        _refuse_to_begin_anew_over_a_result(run)
     resume = None if newest is None else decide_resume(run, newest)
     if resume is None:
         # First thing. A run that goes on keeps its files until nothing refuses the new start.
@@ -173,6 +175,17 @@ def _is_done(run: RunSettings) -> bool:
         asked,
     )
     return True
+
+
+def _refuse_to_begin_anew_over_a_result(run: RunSettings) -> None:
+    """A run that is asked for more steps, whose checkpoints were removed when it was done."""
+    done_file = run.run_folder / "DONE"
+    if broadcast_from_rank_zero(os.path.exists(done_file) if is_rank_zero() else None):
+        raise CheckpointError(
+            f"{run.name} is done ({done_file} exists) and has no checkpoint to go on from: bring "
+            f"one back into {run.run_folder / 'checkpoints'}, or give another name= to begin at "
+            "step 0 (init_from= takes weights of a model folder or another run)."
+        )
 
 
 def _read_done(path: Path) -> Optional[dict[str, Any]]:

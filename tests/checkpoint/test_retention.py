@@ -246,6 +246,16 @@ def test_why_names_the_reason_of_every_newer_one(run_folder):
     assert lgpt("checkpoint", "why", run_folder, "--quick", "--json")["chosen"] == "step_40"
 
 
+def test_why_promises_no_new_beginning_of_a_run_that_is_done(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    text = lgpt("checkpoint", "why", tmp_path, "--json")["text"]
+    assert "A start would begin at step 0: there is no checkpoint." in text
+    (tmp_path / "DONE").touch()
+    text = lgpt("checkpoint", "why", tmp_path, "--json")["text"]
+    assert "There is no checkpoint that it could go on from." in text
+    assert "begin at step 0" not in text
+
+
 def test_verify_reads_all_and_fails_when_one_is_damaged(run_folder):
     with pytest.raises(CheckpointError, match="2 of 6 checkpoints are damaged"):
         lgpt("checkpoint", "verify", run_folder, "--json")
