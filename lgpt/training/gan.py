@@ -163,6 +163,10 @@ class Adversary:
         both = torch.cat([images.detach(), reconstruction.to(images.dtype)]).requires_grad_()
         torch.autograd.grad(self.engine.module(both).float().mean(), both)
 
+    def forget_features(self) -> None:
+        """Let go of what the VQ-VAE's last forward left for the adaptive weight."""
+        self._last_features = None
+
     def gradient_norm(self) -> float:
         """Global norm of the discriminator's last step before clipping; inf when it was skipped."""
         return gradient_norm(self.engine)

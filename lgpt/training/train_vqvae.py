@@ -241,6 +241,16 @@ class VqvaeTask:
         The bare modules are called, and no parameter gets a gradient, so that nothing of it is left
         in the engines; room is taken for the gradients that a real step keeps.
         """
+        try:
+            self._try(images)
+        finally:  # also of one for which there was no room: a smaller one may be tried next
+            for engine in self.engines().values():
+                forget_gradients(engine)
+            if self.adversary is not None:
+                self.adversary.forget_features()
+            self.model.quantize.begin_step()
+
+    def _try(self, images: int) -> None:
         self.engine.train()
         side, dtype = self.run.data.resolution, parameter_dtype(self.engine)
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -262,9 +272,6 @@ class VqvaeTask:
             if self.adversary is not None:
                 self.adversary.trial(pictures, seen.detach())
             del room
-        for engine in self.engines().values():
-            forget_gradients(engine)
-        self.model.quantize.begin_step()
 
     def _training_images(self, places: np.ndarray) -> torch.Tensor:
         images = self._to_device(self.train_images.items(*self.items_and_crops(places)))

@@ -42,6 +42,22 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
     return {**whole, **{name: b.clone() for name, b in engine.module.named_buffers()}}
 
 
+def run_out_of_memory(task: VqvaeTask, images: int) -> None:
+    """A trial for which the room ends in the first layer's backward pass, the last of all."""
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    hook = task.model.encoder.conv_in.register_full_backward_hook(fail)
+    try:
+        task.trial_batch(images)
+    except torch.OutOfMemoryError:
+        return
+    finally:
+        hook.remove()
+    raise AssertionError("the trial did not go backward through the first layer")
+
+
 def run_case(config: Path, case: dict[str, Any]) -> dict[str, Any]:
     run = load_run_settings(config, case["overrides"], environ={}, world_size=2)
     seed_everything(run.seed)
@@ -49,6 +65,7 @@ def run_case(config: Path, case: dict[str, Any]) -> dict[str, Any]:
     task.build_engines(ds_config_of(run, case["stage"]))
     seed_everything(run.seed, rank())
     task.trial_batch(run.batch.micro_batch_images)  # plain PyTorch does without
+    run_out_of_memory(task, run.batch.micro_batch_images)
     metrics = []
     for step in range(run.training.max_steps):
         set_learning_rate(task.engine, run.optimizer.learning_rate)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,10 +62,8 @@ def test_when_nothing_fits_other_ways_are_named():
         refuse_what_does_not_fit(FullAbove(0).trial_batch, batch, CPU)
 
 
-@pytest.mark.parametrize("trains", ["all", "decoder"])
-def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(
-    tmp_path, trains, monkeypatch
-):
+def task_of(folder: Path, trains: str) -> VqvaeTask:
+    """Both players, with bare modules for engines."""
     # Dropout draws, and moving averages note what a forward sees.
     vqvae = {**tiny.VQVAE, "dropout": 0.1}
     changes = {}
@@ -71,7 +71,7 @@ def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(
         vqvae.pop("codebook_update")
         changes = {"init_from": "x", "finetuning": {"trains": "decoder"}}
     config = tiny.vqvae_run(
-        tmp_path,
+        folder,
         4,
         vqvae=vqvae,
         loss={"adversarial": "hinge"},
@@ -85,11 +85,20 @@ def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(
         },
         **changes,
     )
-    task = VqvaeTask(load_run_settings(tiny.write(tmp_path / "run.yaml", config), environ={}), CPU)
-    players = [task.model, task.adversary.model]
+    task = VqvaeTask(load_run_settings(tiny.write(folder / "run.yaml", config), environ={}), CPU)
     task.engine, task.adversary.engine = (
-        SimpleNamespace(module=player, train=player.train) for player in players
+        SimpleNamespace(module=player, train=player.train)
+        for player in (task.model, task.adversary.model)
     )
+    return task
+
+
+@pytest.mark.parametrize("trains", ["all", "decoder"])
+def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(
+    tmp_path, trains, monkeypatch
+):
+    task = task_of(tmp_path, trains)
+    players = [task.model, task.adversary.model]
     before = [copy.deepcopy(player.state_dict()) for player in players]
     seed_everything(3)
     drawn = torch.rand(3)
@@ -108,3 +117,23 @@ def test_a_trial_changes_neither_weights_nor_gradients_nor_generators(
     assert task.model.quantize.finish_step(seed=0, step=0) == 0
     if trains == "all":
         assert not bool(task.model.quantize.is_initialized), "the trial's latents were forgotten"
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_a_trial_that_runs_out_of_memory_keeps_nothing_of_it(tmp_path):
+    """Or the next one has less room than a training step will have."""
+    task = task_of(tmp_path, "all")
+    before = bytes_of_tensors()
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    task.model.decoder.conv_out.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        task.trial_batch(2)
+    assert bytes_of_tensors() == before
