@@ -9,6 +9,7 @@ else without a word; this module refuses both, with everything else that is wron
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -128,6 +129,8 @@ def _resolve(
             report(path, f'contradicts {decided.origin}; write "auto".', decided.owners)
     for path, rest in _precision_combinations(config, run):
         report(path, rest, [_PRECISION])
+    if text := _stage_1_problem(config, run, stage):
+        report(("zero_optimization", "stage"), text, [_PRECISION])
     for path, rest in _offload_combinations(config, stage, run.training.ema_decay > 0):
         report(path, rest)
     if not problems:
@@ -249,6 +252,22 @@ def _precision_combinations(
         text = f"contradicts training.precision = {precision}; remove it."
         found.append((("communication_data_type",), text))
     return found
+
+
+def _stage_1_problem(config: Mapping[str, Any], run: RunSettings, stage: Optional[int]) -> str:
+    """What is wrong with BF16_Optimizer, DeepSpeed's own for stage 1 in bf16 with float32 sums."""
+    dtype = _get(config, ("data_types", "grad_accum_dtype"), AUTO)
+    sums = "fp32" if dtype in (None, AUTO) else _SHORT_DTYPES.get(str(dtype), dtype)
+    is_it = stage == 1 and run.training.precision == "bf16" and sums == "fp32"
+    version = _installed_version()
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:3]]
+    if not is_it or _offload_device(config) != "none" or not numbers or numbers >= [0, 19, 8]:
+        return ""
+    return (
+        f"does not go with training.precision = bf16 and the installed DeepSpeed {version}, which "
+        "ends at a gradient that is not finite instead of leaving the step out; write 2 or 3, or "
+        "upgrade to 0.19.8."
+    )
 
 
 def _offload_combinations(

@@ -222,6 +222,23 @@ def test_keys_newer_than_the_installed_deepspeed_are_refused(monkeypatch):
     assert "is not known to the installed DeepSpeed 0.18.4" in problem
 
 
+@pytest.mark.parametrize("sums", [{}, {"data_types": {"grad_accum_dtype": "float32"}}])
+def test_stage_1_in_bf16_needs_the_deepspeed_that_leaves_bad_steps_out(monkeypatch, sums):
+    """0.19.7 and before stop at an assertion there, and do not say `overflow` to the averages."""
+    resolve_deepspeed_config(RUN, 8, {**zero(1), **sums})
+    monkeypatch.setattr(metadata, "version", lambda name: "0.19.7")
+    (problem,) = problems_of({**zero(1), **sums})
+    assert problem.startswith("zero_optimization.stage = 1 (zero3_bf16) does not go with training.")
+    assert "DeepSpeed 0.19.7" in problem
+    assert "write 2 or 3, or upgrade to 0.19.8" in problem
+    # Other optimizers of DeepSpeed's.
+    in_bf16 = {"data_types": {"grad_accum_dtype": "bf16"}}
+    offloaded = zero(1, offload_optimizer={"device": "cpu"})
+    for raw in ({**zero(1), **in_bf16}, {**zero(2), **sums}, {**offloaded, **sums}):
+        resolve_deepspeed_config(RUN, 8, raw)
+    resolve_deepspeed_config(FP32_RUN, 8, zero(1))
+
+
 def test_json_files_are_read_strictly(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 2,\n "stage": 3}}')
