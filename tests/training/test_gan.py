@@ -59,8 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     for accumulation in (1, 2)
     for stage in (1, 2, 3)
     for precision in ("fp32", "bf16")
-    # In bf16 one case of stages 2 and 3 is enough.
-    if precision == "fp32" or (stage > 1 and recipe == "adaptive" and accumulation == 2)
+    # In bf16 one case of each stage is enough.
+    if precision == "fp32" or (recipe == "adaptive" and accumulation == 2)
 }
 
 # Checkpointing changes nothing, so these are compared with the same plain PyTorch.
@@ -237,13 +237,17 @@ def test_both_players_end_where_plain_pytorch_ends(zero, plain, name, player):
     assert got < tolerance_of(name)
 
 
+# Stage 1 is BF16_Optimizer, which also sums over the ranks in float32: 0.14 away was seen.
+@pytest.mark.parametrize(("stage", "tolerance"), [(1, 0.3), (3, 0.1)])
 @pytest.mark.parametrize("player", ["model", "discriminator"])
-def test_in_bf16_the_stages_end_alike(zero, plain, player):
-    """bf16 itself moves Adam's first steps far (see above), both stages to the same place."""
-    second, third = (
-        zero[f"adaptive-accumulation2-zero{stage}-bf16"]["weights"][player] for stage in (2, 3)
+def test_in_bf16_the_stages_end_alike(zero, plain, player, stage, tolerance):
+    """bf16 itself moves Adam's first steps far (see above), all stages to the same place."""
+    second, other = (
+        zero[f"adaptive-accumulation2-zero{each}-bf16"]["weights"][player] for each in (2, stage)
     )
-    assert distance(second, third, plain["adaptive", 2].start[player]) < 0.1
+    apart = distance(second, other, plain["adaptive", 2].start[player])
+    print(f"ZeRO-{stage} in bf16, {player}: {apart:.1e} of the way from ZeRO-2")
+    assert apart < tolerance
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("fp32")])
