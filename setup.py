@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 REQUIRES = [
-    "torch>=2.4",
+    "torch>=2.5",
     # 0.18.0 mends universal ZeRO-3 checkpoints; 0.19.2 cannot initialise on Python 3.9.
     "deepspeed>=0.18.0,!=0.19.2",
     "transformers>=4.36",

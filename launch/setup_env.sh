@@ -88,7 +88,7 @@ _lgpt_install_cpu_torch_linux() {
     fi
     _lgpt_fail "no CPU build of PyTorch $version was found: pip's own indexes have none and download.pytorch.org could not be used
 (details: $VIRTUAL_ENV/install.log). One of these helps:
-  - put any PyTorch >= 2.4 into the environment by hand, then run this again: $VIRTUAL_ENV/bin/pip install <wheel or index>
+  - put any PyTorch >= 2.5 into the environment by hand, then run this again: $VIRTUAL_ENV/bin/pip install <wheel or index>
   - tell pip of a folder with the wheel: PIP_FIND_LINKS=/folder bash launch/demo.sh
   - accept PyPI's CUDA build (about 3 GB to download, 6 GB of disk): LGPT_ALLOW_CUDA_TORCH=1 bash launch/demo.sh"
 }
