@@ -67,8 +67,7 @@ def verify(folder: Path, deep: bool) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     # A copy of a checkpoint may have any name; one in a run folder is found by its step.
-    match = _STEP_FOLDER.fullmatch(folder.name)
-    if match is not None and manifest.step != int(match.group(1)):
+    if _STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         return [f"its manifest is the one of step {manifest.step}"]
     return problems_of_files(folder, manifest.files, deep)
 

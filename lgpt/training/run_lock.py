@@ -23,6 +23,7 @@ from lgpt.core.logging import get_logger
 from lgpt.engine.ranks import broadcast_from_rank_zero
 
 _POLL_SECONDS = 0.5
+_JOB = re.compile(r", Slurm job (\S+), start (\d+)$")
 
 _log = get_logger(__name__)
 
@@ -107,9 +108,8 @@ def _job() -> str:
 
 def _is_an_earlier_start_of_this_job(holder: str) -> bool:
     """Slurm ends every process of a job before it starts the job again."""
-    found = re.search(r", Slurm job (\S+), start (\d+)$", holder)
-    ours = re.search(r", Slurm job (\S+), start (\d+)$", _job())
-    return bool(found and ours and found[1] == ours[1] and int(found[2]) < int(ours[2]))
+    theirs, ours = _JOB.search(holder), _JOB.search(_job())
+    return bool(theirs and ours and theirs[1] == ours[1] and int(theirs[2]) < int(ours[2]))
 
 
 def _locked(file: IO[str]) -> bool:
