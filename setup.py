@@ -91,7 +91,7 @@ setup(
     packages=[*find_packages(include=["lgpt", "lgpt.*"]), "lgpt.ds_configs"],
     package_dir={"lgpt": "lgpt", "lgpt.ds_configs": "ds_configs"},
     package_data={
-        "lgpt": ["configs/*.yaml", "configs/**/*.yaml", "py.typed"],
+        "lgpt": ["configs/*.yaml", "configs/**/*.yaml", "models/*.cpp", "py.typed"],
         "lgpt.ds_configs": ["*.json"],
     },
     install_requires=REQUIRES,

@@ -5,7 +5,7 @@ Shapes: B batch, L image tokens, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,6 +48,8 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(c.norm, c.hidden)
         self.mlp = FeedForward(c)
         self.dropout = nn.Dropout(c.dropout)
+        # (x, rotation, text, text_mask, cache, position) -> x: cpu_block.py has a faster way.
+        self.cached_step: Optional[Callable[..., Tensor]] = None
 
     def forward(
         self,
@@ -66,6 +68,8 @@ class Block(nn.Module):
         """
         if cache is None:
             return self.all_positions(x_BLD, rotation, text, text_mask, kernel)
+        if self.cached_step is not None:
+            return self.cached_step(x_BLD, rotation, text, text_mask, cache, position)
         attended = self.self_attention(
             self.self_norm(x_BLD), rotation, kernel, cache.image, position
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,12 +17,24 @@ from torch import Tensor
 class ImageCache:
     """Self-attention's keys and values of one block; rows beyond the position are not yet written.
 
-    The layout is flash-attn's, heads after positions. On a CPU it is float32 for a model in bf16,
-    because attention is computed so: converted once, not at every token.
+    Heads come after positions, as flash-attn has them; for SDPA a head's positions lie side by side
+    in memory, as it reads them. On a CPU SDPA's is float32 for a model in bf16, because
+    attention is computed so: converted once, not at every token.
     """
 
     keys: Float[Tensor, "batch length heads head_width"]
     values: Float[Tensor, "batch length heads head_width"]
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int, int], like: Tensor, dtype: torch.dtype, kernel: str
+    ) -> ImageCache:
+        """Zeros of shape [B, L, N, K], laid out for `kernel`, on `like`'s device."""
+        batch, length, heads, head_width = shape
+        if kernel == "flash":
+            return cls(*(like.new_zeros(shape, dtype=dtype) for _ in range(2)))
+        turned = (batch, heads, length, head_width)
+        return cls(*(like.new_zeros(turned, dtype=dtype).transpose(1, 2) for _ in range(2)))
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Write positions [B, n, N, K] from `position` on; views of all up to the last of them."""

@@ -137,6 +137,8 @@ class LatentGPT(nn.Module):
         self.config = config
         # (index, block, arguments) -> output; engine/blocks.py puts checkpointing here.
         self.call_block: Callable[..., Any] = _plain_call
+        # Of the keys and values that drawing keeps; None: what attention computes in here.
+        self.cache_dtype: Optional[torch.dtype] = None
         text_width = config.text_width or config.hidden
         self.token_embedding = nn.Embedding(config.codebook_size, config.hidden)
         self.start_embedding = nn.Embedding(1, config.hidden)
@@ -233,14 +235,14 @@ class LatentGPT(nn.Module):
         start = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
         context, context_mask = self._context(batch, text, text_mask, null_text, start)
         shape = (batch, self.config.num_tokens, self.config.heads, self.config.head_width)
-        kept = product_dtype(start)
+        kept = self.cache_dtype or product_dtype(start)
         if context_mask is not None:
             # As numbers that are added to the scores: SDPA makes them of a mask at every call.
-            unseen = torch.zeros(context_mask.shape, dtype=kept, device=device)
+            unseen = torch.zeros(context_mask.shape, dtype=product_dtype(start), device=device)
             context_mask = unseen.masked_fill_(~context_mask, float("-inf"))
         return DecodingState(
             blocks=[
-                BlockCache(ImageCache(*(start.new_zeros(shape, dtype=kept) for _ in range(2))))
+                BlockCache(ImageCache.empty(shape, start, kept, self._kernel(start)))
                 for _ in self.blocks
             ],
             text=context,

@@ -1,4 +1,4 @@
-"""Matrices laid out once for this CPU's products: what sampling multiplies with.
+"""Matrices laid out once for oneDNN: what sampling multiplies with on a CPU without a compiler.
 
 A product with few rows waits for the matrix to come from memory. PyTorch's own `linear` lays the
 matrix out anew at every call and reads at 40% of what the memory gives; laid out once, oneDNN reads
@@ -58,11 +58,11 @@ class PackedLinear(nn.Module):
         destination[prefix + "weight"] = self._packed.to_dense()
 
 
-def pack_for_decoding(model: nn.Module) -> bool:
+def pack_linear_layers(model: nn.Module) -> bool:
     """Replace the linear layers of a model on a CPU, in place, one after the other.
 
-    For sampling alone: packed layers have no parameters, so they can neither be trained nor moved
-    to another device.
+    What `pack_for_decoding` does where `cpu_decoding.cpp` cannot be compiled. For sampling alone:
+    packed layers have no parameters, so they can neither be trained nor moved to another device.
 
     Returns:
         False, and nothing done, where this build of PyTorch has no oneDNN, or oneDNN no bf16

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lgpt.models import packed_linear
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
-from lgpt.models.packed_linear import PackedLinear, pack_for_decoding
+from lgpt.models.packed_linear import PackedLinear, pack_linear_layers
 from lgpt.sampling.generate import generate_tokens
 
 SHAPES = [(96, 64), (64, 512), (1000, 48)]
@@ -68,7 +68,7 @@ def test_a_packed_model_s_pictures_are_the_same_in_any_batch_bit_for_bit(
     dtype: torch.dtype,
 ) -> None:
     model = _model(dtype)
-    assert pack_for_decoding(model)
+    assert pack_linear_layers(model)
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     text, mask = torch.randn(7, 5, 8), torch.arange(5) < torch.arange(7).unsqueeze(1) % 5 + 1
     choices = {"guidance": 5.0, "top_k": 40}
@@ -87,18 +87,18 @@ def test_in_bf16_a_cpu_without_its_products_draws_unpacked(
     monkeypatch.setattr(packed_linear, "onednn_multiplies_bf16", lambda: False)
     with caplog.at_level("INFO", "lgpt"):
         model = _model(torch.bfloat16)
-        assert not pack_for_decoding(model)
+        assert not pack_linear_layers(model)
     assert any(isinstance(module, nn.Linear) for module in model.modules())
     assert "oneDNN has no bf16 products for this CPU" in caplog.text
     drawn = generate_tokens(model, torch.randn(2, 5, 8).bfloat16(), None, seeds=range(2))
     assert drawn.shape == (2, 4, 4)
-    assert pack_for_decoding(_model(torch.float32))
+    assert pack_linear_layers(_model(torch.float32))
 
 
 def test_a_packed_model_means_and_saves_what_it_meant_before() -> None:
     plain = _model(torch.float32)
     packed = copy.deepcopy(plain)
-    pack_for_decoding(packed)
+    pack_linear_layers(packed)
     tokens, text = torch.randint(64, (3, 16)), torch.randn(3, 5, 8)
     with torch.no_grad():
         torch.testing.assert_close(packed(tokens, text), plain(tokens, text), atol=1e-4, rtol=0)

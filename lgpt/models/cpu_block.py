@@ -1,0 +1,159 @@
+"""LatentGPT's blocks for drawing on a CPU: a block's whole step in one call of `cpu_decoding.cpp`.
+
+The matrices lie in the library's order, in bf16 or float32 as the model was, and the kept keys and
+values are so too; everything else is float32. Without a cache the model still computes in PyTorch,
+on the same matrices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from lgpt.core.logging import get_logger
+from lgpt.models import cpu_library as native
+from lgpt.models.attention import Rotation
+from lgpt.models.block import Block
+from lgpt.models.kv_cache import BlockCache
+from lgpt.models.latent_gpt import LatentGPT
+from lgpt.models.packed_linear import pack_linear_layers
+from lgpt.models.token_head import TokenHead
+
+_logger = get_logger(__name__)
+
+
+def pack_for_decoding(model: LatentGPT) -> bool:
+    """Lay a model on a CPU out for drawing, in place; afterwards it can only draw and be saved.
+
+    With a C++ compiler through `cpu_decoding.cpp`, whose bf16 needs no bf16 units; else through
+    oneDNN's packed products (`pack_linear_layers`).
+
+    Args:
+        model: LatentGPT in float32 or bf16, on the CPU.
+
+    Returns:
+        False, and nothing done, where neither can be had.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, TokenHead))]
+    dtype = layers[0].weight.dtype
+    library = native.cpu_library() if all(_fits(layer) for layer in layers) else None
+    if library is None:
+        return pack_linear_layers(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, (nn.Linear, TokenHead)):
+                setattr(module, name, CpuLinear(child, library))
+    model.float()  # norms and embeddings; the matrices are no parameters any more
+    model.cache_dtype = dtype
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.cached_step = _CachedStep(module, library)
+
+    def in_old_dtype(_: nn.Module, state: dict[str, Any], *rest: Any) -> None:
+        state.update({name: tensor.to(dtype) for name, tensor in state.items()})
+
+    model.register_state_dict_post_hook(in_old_dtype)
+    return True
+
+
+def _fits(layer: Union[nn.Linear, TokenHead]) -> bool:
+    assert getattr(layer, "bias", None) is None, "no layer of LatentGPT has a bias"
+    weight = layer.weight
+    if weight.dtype == torch.bfloat16:
+        return weight.shape[1] % 2 == 0
+    return weight.dtype == torch.float32
+
+
+class CpuLinear(nn.Module):
+    """`x W^T` by the library: float32 in and out, W as it was."""
+
+    def __init__(self, layer: Union[nn.Linear, TokenHead], library: ctypes.CDLL) -> None:
+        super().__init__()
+        self._library = library
+        self.outputs, self.inputs = layer.weight.shape
+        self.tiles: Tensor = native.in_tiles(layer.weight)
+
+    def forward(self, x: Tensor, targets: None = None) -> Tensor:
+        """[.., inputs] to [.., outputs]. There is no loss: `targets` stands where the head's do."""
+        assert targets is None, "a packed model computes no loss"
+        rows = x.reshape(-1, self.inputs).contiguous()
+        y = native.times_tiles(self._library, self.tiles, self.outputs, rows)
+        return y.view(*x.shape[:-1], self.outputs)
+
+    @property
+    def matrix(self) -> native.Matrix:
+        """As the library wants it."""
+        return native.Matrix(self.tiles.data_ptr(), self.outputs, self.inputs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The plain matrix under its old name, so that a packed model is saved whole."""
+        destination[prefix + "weight"] = native.out_of_tiles(self.tiles, self.outputs)
+
+
+class _CachedStep:
+    """A block's positions from `position` on, beside what its cache holds."""
+
+    def __init__(self, block: Block, library: ctypes.CDLL) -> None:
+        attention, cross, mlp = block.self_attention, block.cross_attention, block.mlp
+        self._library, self._keys_values = library, cross.keys_values
+        self._dtype = attention.qkv.tiles.dtype
+        self._block = native.Block(
+            *(m.matrix for m in (attention.qkv, attention.out, cross.q, cross.out)),
+            *(m.matrix for m in (mlp.up, mlp.down)),
+            *(_norm(n) for n in (block.self_norm, attention.q_norm, attention.k_norm)),
+            *(_norm(n) for n in (block.cross_norm, cross.q_norm, block.mlp_norm)),
+            attention.qkv.inputs,
+            attention.heads,
+            mlp.down.inputs,
+            mlp.is_gated,
+            self._dtype == torch.bfloat16,
+        )
+
+    def __call__(
+        self,
+        x_BLD: Tensor,
+        rotation: Optional[Rotation],
+        text: Tensor,
+        text_mask: Optional[Tensor],
+        cache: BlockCache,
+        position: int,
+    ) -> Tensor:
+        if cache.text is None:
+            keys, values = self._keys_values(text)
+            cache.text = (keys.contiguous(), values.contiguous())
+        batch, length, _ = x_BLD.shape
+        kept, words = cache.image, text.shape[1]
+        positions = kept.keys.shape[1]
+        assert kept.keys.stride() == kept.values.stride(), kept.values.stride()
+        assert kept.keys.dtype == self._dtype, kept.keys.dtype
+        assert position + length <= positions, (position, length, positions)
+        x_BLD = x_BLD.clone(memory_format=torch.contiguous_format)  # written over
+        sizes = (batch, length, positions, words)
+        scratch = x_BLD.new_empty(self._library.lgpt_scratch_floats(self._block, *sizes))
+        cos, sin = (None, None) if rotation is None else rotation
+        tensors = (cos, sin, *cache.text, text_mask)
+        call = native.Call(
+            x_BLD.data_ptr(),
+            *(batch, length, position),
+            *(kept.keys.data_ptr(), kept.values.data_ptr(), positions, *kept.keys.stride()[:3]),
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+            words,
+            scratch.data_ptr(),
+            torch.get_num_threads(),
+        )
+        self._library.lgpt_block(self._block, call)
+        return x_BLD
+
+
+def _norm(norm: nn.Module) -> native.Norm:
+    """Its address: a norm's tensors must neither move nor change after this."""
+    if isinstance(norm, nn.Identity):
+        return native.Norm(None, None, 0.0)
+    assert isinstance(norm, (nn.RMSNorm, nn.LayerNorm)), norm
+    bias = getattr(norm, "bias", None)
+    return native.Norm(
+        norm.weight.data_ptr(), None if bias is None else bias.data_ptr(), float(norm.eps or 0.0)
+    )

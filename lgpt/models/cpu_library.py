@@ -1,0 +1,238 @@
+"""Compile and open `cpu_decoding.cpp`, once a machine, with the C++ compiler that is there.
+
+No wheel could hold it: it is made for the very CPU that runs it. Without a compiler sampling takes
+PyTorch's products instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import torch
+from torch import Tensor
+
+from lgpt.core.logging import get_logger
+
+_logger = get_logger(__name__)
+
+_SOURCE = Path(__file__).with_name("cpu_decoding.cpp")
+_COMPILERS = ("c++", "g++", "clang++")
+# Without the last two a square root and a rounding become calls of the C library.
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+# What some compilers do not know, best first: clang of macOS has neither.
+_OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ())
+_COMPILE_SECONDS = 300
+_TILE = 16
+
+
+class Matrix(Structure):
+    """`LgptMatrix` of the source."""
+
+    _fields_: ClassVar = [("tiles", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
+
+
+class Norm(Structure):
+    """`LgptNorm` of the source."""
+
+    _fields_: ClassVar = [("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_float)]
+
+
+class Block(Structure):
+    """`LgptBlock` of the source."""
+
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("qkv", "out", "cross_q", "cross_out", "up", "down")),
+        *((name, Norm) for name in ("self_norm", "q_norm", "k_norm")),
+        *((name, Norm) for name in ("cross_norm", "cross_q_norm", "mlp_norm")),
+        *((name, c_int64) for name in ("width", "heads", "inner")),
+        *((name, c_int32) for name in ("is_gated", "is_bf16")),
+    ]
+
+
+class Call(Structure):
+    """`LgptCall` of the source."""
+
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("batch", "length", "position")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("positions", "picture_stride")),
+        *((name, c_int64) for name in ("position_stride", "head_stride")),
+        *((name, c_void_p) for name in ("cos", "sin", "text_keys", "text_values", "text_mask")),
+        ("words", c_int64),
+        ("scratch", c_void_p),
+        ("threads", c_int32),
+    ]
+
+
+@functools.cache
+def cpu_library(*macros: str) -> Optional[ctypes.CDLL]:
+    """The library, or None where it cannot be had; says why once.
+
+    Args:
+        macros: Defined for the compiler; what a test compiles differently.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        _logger.info(
+            "sampling: no C++ compiler (%s, or CXX), so PyTorch's products are taken; with one, "
+            "this CPU draws about twice as fast",
+            ", ".join(_COMPILERS),
+        )
+        return None
+    try:
+        path = _compiled(compiler, macros)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        _logger.warning("sampling: %s; PyTorch's products are taken", _told(error))
+        return None
+    library.lgpt_scratch_floats.restype = c_int64
+    library.lgpt_scratch_floats.argtypes = [POINTER(Block), *[c_int64] * 4]
+    library.lgpt_block.restype = library.lgpt_linear.restype = None
+    library.lgpt_block.argtypes = [POINTER(Block), POINTER(Call)]
+    library.lgpt_linear.argtypes = [
+        *(POINTER(Matrix), c_int32, c_void_p, c_void_p, c_int64, c_void_p, c_int32)
+    ]
+    if not _is_right(library):
+        _logger.warning("sampling: %s computes wrongly here; PyTorch's products are taken", path)
+        return None
+    return library
+
+
+def in_tiles(weight: Tensor) -> Tensor:
+    """A matrix [outputs, inputs] in the order in which the library reads it.
+
+    Float32: [outputs/16, inputs, 16]; bf16, whose inputs are an even number: [outputs/16, inputs/2,
+    16, 2]. Outputs are filled up with zeros.
+    """
+    outputs, inputs = weight.shape
+    filled = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % _TILE))
+    if weight.dtype == torch.float32:
+        return filled.view(-1, _TILE, inputs).transpose(1, 2).contiguous()
+    assert weight.dtype == torch.bfloat16, weight.dtype
+    assert inputs % 2 == 0, inputs
+    return filled.view(-1, _TILE, inputs // 2, 2).transpose(1, 2).contiguous()
+
+
+def out_of_tiles(tiles: Tensor, outputs: int) -> Tensor:
+    """What `in_tiles` was given."""
+    swapped = tiles.transpose(1, 2)
+    return swapped.reshape(swapped.shape[0] * _TILE, -1)[:outputs].contiguous()
+
+
+def times_tiles(library: ctypes.CDLL, tiles: Tensor, outputs: int, x: Tensor) -> Tensor:
+    """x [rows, inputs] float32 times the matrix: [rows, outputs] float32."""
+    assert x.dtype == torch.float32, x.dtype
+    assert x.is_contiguous(), x.stride()
+    rows, inputs = x.shape
+    y, scratch = x.new_empty(rows, outputs), torch.empty_like(x)
+    library.lgpt_linear(
+        Matrix(tiles.data_ptr(), outputs, inputs),
+        tiles.dtype == torch.bfloat16,
+        x.data_ptr(),
+        y.data_ptr(),
+        rows,
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _is_right(library: ctypes.CDLL) -> bool:
+    """One small product in either format against PyTorch's in float64.
+
+    What a compiler makes of the source on a CPU that nobody tried is found out here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 74, generator=generator)
+    x = torch.randn(11, 74, generator=generator)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
+        rounded = weight.to(dtype)
+        product = times_tiles(library, in_tiles(rounded), 40, x)
+        expected = x.double() @ rounded.double().t()
+        if not bool((product.double() - expected).abs().max() < tolerance):
+            return False
+    return True
+
+
+def _compiler() -> Optional[str]:
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, (named,) if named else _COMPILERS)), None)
+
+
+def _compiled(compiler: str, macros: tuple[str, ...]) -> Path:
+    """The library for this source, compiler and CPU, compiled if it is not there yet."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, check=True, timeout=60
+    ).stdout
+    circumstances = repr((compiler, version, macros, _FLAGS, _OPTIONAL_FLAGS, _cpu()))
+    digest = hashlib.sha256(_SOURCE.read_bytes() + circumstances.encode()).hexdigest()
+    name = f"cpu_decoding_{digest[:16]}.so"
+    folder = _folder()
+    if (folder / name).is_file():
+        return folder / name
+    started_at = time.monotonic()
+    descriptor, staged = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(descriptor)
+    try:
+        for number, optional in enumerate(_OPTIONAL_FLAGS):
+            command = [compiler, *_FLAGS, *optional, *(f"-D{macro}" for macro in macros)]
+            done = subprocess.run(
+                [*command, str(_SOURCE), "-o", staged],
+                capture_output=True,
+                check=number == len(_OPTIONAL_FLAGS) - 1,
+                timeout=_COMPILE_SECONDS,
+            )
+            if done.returncode == 0:
+                break
+        os.replace(staged, folder / name)
+    finally:
+        Path(staged).unlink(missing_ok=True)
+    _logger.info(
+        "sampling: compiled %s for this CPU in %.1f s (once), %s",
+        _SOURCE.name,
+        time.monotonic() - started_at,
+        folder / name,
+    )
+    return folder / name
+
+
+def _folder() -> Path:
+    """The user's own, and a temporary one where that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(home) if home else Path("~/.cache").expanduser()) / "lgpt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        _logger.debug("no %s: %s", folder, error)
+    return Path(tempfile.mkdtemp(prefix="lgpt_"))
+
+
+def _cpu() -> str:
+    """What the CPU can do: a home folder may be shared by nodes that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join(sorted(set(told)))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        return f"{error.cmd[0]} failed: {lines[-1] if lines else error}"
+    return str(error)

@@ -1,0 +1,230 @@
+"""The compiled block draws what PyTorch's draws, whatever the options, the batch and the CPU."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lgpt.models import cpu_library
+from lgpt.models.cpu_block import CpuLinear, pack_for_decoding
+from lgpt.models.cpu_library import in_tiles, out_of_tiles, times_tiles
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.sampling.generate import generate_tokens
+
+# As on a CPU with AVX-512 BF16, its one instruction written out: the code around it runs here.
+EMULATED = "LGPT_EMULATE_BF16_PRODUCTS"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=[(), (EMULATED,)], ids=["this-cpu", "bf16-products"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The library as this CPU compiles it, and as one with bf16 products would; in use for both."""
+    opened = cpu_library.cpu_library(*request.param)
+    assert opened is not None, "the tests need a C++ compiler"
+    monkeypatch.setattr(cpu_library, "cpu_library", lambda: opened)
+    return opened
+
+
+def _model(dtype: torch.dtype, **changes: object) -> LatentGPT:
+    torch.manual_seed(0)
+    # 72 codes and a feed-forward of 52 fill no tile.
+    shape = {"layers": 2, "hidden": 64, "heads": 4, "mlp_hidden": 52}
+    model = LatentGPT(LatentGPTConfig(72, 4, 4, 10, **{**shape, **changes})).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+def _inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, text and a mask under which one picture has no word."""
+    torch.manual_seed(1)
+    mask = torch.arange(5) < torch.tensor([[2], [5], [0]])
+    return torch.randint(72, (3, 16)), torch.randn(3, 5, 10), mask
+
+
+@torch.no_grad()
+def _cached_logits(model: LatentGPT, given: int) -> Tensor:
+    """Of all positions: after the given tokens at once, the others one by one."""
+    tokens, text, mask = _inputs()
+    null_text = torch.tensor([False, True, False])
+    state = model.start_decoding(text, mask, null_text)
+    if given:
+        logits = [model.read_given(tokens[:, :given], state)]
+    else:
+        logits = [model.decode_next(None, state)]
+    logits += [model.decode_next(tokens[:, i], state) for i in range(given, 15)]
+    return torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
+def _plain_logits(model: LatentGPT) -> Tensor:
+    tokens, text, mask = _inputs()
+    return model(tokens, text, mask, null_text=torch.tensor([False, True, False]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("norm", "mlp", "positions", "qk_norm"),
+    [
+        *itertools.product(
+            ("rmsnorm", "layernorm"), ("swiglu", "gelu"), ("rope2d", "learned"), (True, False)
+        )
+    ],
+)
+def test_every_option_gives_the_plain_model_s_logits_at_every_position(
+    norm: str, mlp: str, positions: str, qk_norm: bool, dtype: torch.dtype
+) -> None:
+    model = _model(dtype, norm=norm, mlp=mlp, positions=positions, qk_norm=qk_norm)
+    expected = _plain_logits(copy.deepcopy(model).float())
+    # In bf16 the kept keys and values are rounded, as they are in the plain model.
+    plain_error = (_plain_logits(model).float() - expected).abs().max()
+    assert pack_for_decoding(model)
+    assert all(block.cached_step is not None for block in model.blocks)
+    for given in (0, 7):
+        error = (_cached_logits(model, given) - expected[:, given:]).abs().max()
+        assert error < (1e-4 if dtype == torch.float32 else plain_error / 2), (given, error)
+    torch.testing.assert_close(_plain_logits(model), expected, atol=1e-4, rtol=0)
+
+
+def test_with_bf16_products_the_error_is_that_of_rounded_activations(library: object) -> None:
+    model = _model(torch.bfloat16)
+    expected = _plain_logits(copy.deepcopy(model).float())
+    plain_error = (_plain_logits(model).float() - expected).abs().max()
+    assert pack_for_decoding(model)
+    for given in (0, 7):
+        error = (_cached_logits(model, given) - expected[:, given:]).abs().max()
+        assert error <= plain_error, (given, error, plain_error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (17, 74), (1000, 2), (48, 130)])
+def test_a_product_is_right_and_no_row_depends_on_its_company(
+    library: object, outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(23, inputs).to(dtype).float()
+    tiles = in_tiles(weight)
+    assert torch.equal(out_of_tiles(tiles, outputs), weight)
+    together = times_tiles(library, tiles, outputs, x)
+    expected = x.double() @ weight.double().t()
+    assert (together.double() - expected).abs().max() < 2e-6 * inputs
+    for rows in range(1, 23):
+        assert torch.equal(times_tiles(library, tiles, outputs, x[:rows]), together[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pictures_are_the_same_in_any_batch_and_with_any_threads(
+    library: object, dtype: torch.dtype
+) -> None:
+    model = _model(dtype)
+    assert pack_for_decoding(model)
+    text, mask = torch.randn(7, 5, 10), torch.arange(5) < torch.arange(7).unsqueeze(1) % 5 + 1
+    choices = {"guidance": 5.0, "top_k": 40}
+    together = generate_tokens(model, text, mask, seeds=range(7), **choices)
+    threads = torch.get_num_threads()
+    try:
+        for number, (first, last) in enumerate(((0, 1), (1, 3), (3, 7), (0, 7))):
+            torch.set_num_threads(1 + number % 2)
+            seeds, part = range(first, last), slice(first, last)
+            drawn = generate_tokens(model, text[part], mask[part], seeds=seeds, **choices)
+            assert torch.equal(drawn, together[part])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_model_saves_what_it_was(dtype: torch.dtype) -> None:
+    model = _model(dtype)
+    plain = copy.deepcopy(model).state_dict()
+    assert pack_for_decoding(model)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    saved = model.state_dict()
+    assert saved.keys() == plain.keys()
+    for key, tensor in plain.items():
+        assert saved[key].dtype == dtype, key
+        assert torch.equal(saved[key], tensor), key
+
+
+def test_logits_that_are_not_finite_stay_so() -> None:
+    model = _model(torch.float32)
+    model.blocks[1].mlp.up.weight.data[3, 5] = float("nan")
+    assert pack_for_decoding(model)
+    assert not _cached_logits(model, 0).isfinite().any()
+
+
+def test_an_odd_width_in_bf16_is_left_to_pytorch() -> None:
+    """A bf16 tile holds pairs of inputs."""
+    model = _model(torch.bfloat16, mlp_hidden=51)
+    pack_for_decoding(model)
+    assert not any(isinstance(module, CpuLinear) for module in model.modules())
+    assert all(block.cached_step is None for block in model.blocks)
+    model = _model(torch.float32, mlp_hidden=51)
+    expected = _plain_logits(model)
+    assert pack_for_decoding(model)
+    assert isinstance(model.head, CpuLinear)
+    torch.testing.assert_close(_cached_logits(model, 0), expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No library is open or compiled yet; the folder where it will be."""
+    monkeypatch.setattr(cpu_library, "cpu_library", cpu_library.cpu_library.__wrapped__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "lgpt"
+
+
+def test_it_is_compiled_once(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lgpt"):
+        assert cpu_library.cpu_library() is not None
+        assert "compiled cpu_decoding.cpp for this CPU in" in caplog.text
+        (compiled,) = fresh.iterdir()
+        written_at = compiled.stat().st_mtime_ns
+        assert cpu_library.cpu_library() is not None
+    assert list(fresh.iterdir()) == [compiled]
+    assert compiled.stat().st_mtime_ns == written_at
+
+
+def test_without_a_compiler_pytorch_multiplies(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    model = _model(torch.float32)
+    expected = _plain_logits(model)
+    with caplog.at_level("INFO", "lgpt"):
+        pack_for_decoding(model)
+    assert "no C++ compiler (c++, g++, clang++, or CXX), so PyTorch's products are taken" in (
+        caplog.text
+    )
+    torch.testing.assert_close(_cached_logits(model, 0), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("broken", ["compiler", "result"])
+def test_what_a_compiler_gets_wrong_is_not_used(
+    broken: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if broken == "compiler":
+        script = fresh.parent / "c++"
+        script.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no disk" >&2; exit 1; }\n')
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+    else:
+        right = cpu_library.times_tiles
+        monkeypatch.setattr(cpu_library, "times_tiles", lambda *a: right(*a).neg())
+    assert cpu_library.cpu_library() is None
+    told = {"compiler": "failed: no disk", "result": "computes wrongly here"}[broken]
+    assert told in caplog.text
+    assert "PyTorch's products are taken" in caplog.text
+    assert not list(fresh.glob("tmp*")), "a half-made library is left"
+
+
+def test_a_home_that_cannot_be_written_is_no_obstacle(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.write_text("a file where the folder should be")
+    assert cpu_library.cpu_library() is not None
