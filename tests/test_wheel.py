@@ -38,6 +38,7 @@ def test_the_wheel_resolves_a_shipped_config_far_from_the_checkout(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     resolved = json.loads(done.stdout.splitlines()[-1])
     assert resolved["deepspeed"]["zero_optimization"]["stage"] == 3
-    shipped = {path.relative_to(ROOT / "lgpt") for path in (ROOT / "lgpt").rglob("*.yaml")}
-    assert shipped
-    assert shipped == {path.relative_to(installed / "lgpt") for path in installed.rglob("*.yaml")}
+    for kind in ("*.yaml", "*.cpp"):
+        shipped = {path.relative_to(ROOT / "lgpt") for path in (ROOT / "lgpt").rglob(kind)}
+        assert shipped
+        assert shipped == {path.relative_to(installed / "lgpt") for path in installed.rglob(kind)}

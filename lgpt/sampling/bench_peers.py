@@ -1,4 +1,4 @@
-"""Two other samplers at about the same size, in bf16 as ours, for `lgpt bench sample`.
+"""Two other samplers at about the same size, for `lgpt bench sample`.
 
 LlamaGen's text-to-image sampler, transcribed into plain PyTorch from its design (sun2024
 autoregressive/models/gpt.py and generate.py at ce98ec4, https://arxiv.org/abs/2406.06525): a prefix

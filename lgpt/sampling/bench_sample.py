@@ -1,9 +1,10 @@
 """`lgpt bench sample`: how fast a run's transformer draws, beside two others and what could be.
 
 A token cannot come sooner than the weights and caches that it needs come out of memory: that is the
-bound. All systems draw with guidance, in the same dtype, on random weights; they take turns in
-every round, so that a machine that gets slower does it to all. Time counts from the first drawn
-token on, so reading the text and a picture's beginning is in nobody's favour.
+bound. All systems draw with guidance on random weights, each in the faster dtype that it has here:
+PyTorch's bf16 needs bf16 units, ours a compiler. They take turns in every round, so that a machine
+that gets slower does it to all. Time counts from the first drawn token on, so reading the text and
+a picture's beginning is in nobody's favour.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.attention import product_dtype
+from lgpt.models.cpu_block import pack_for_decoding
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
-from lgpt.models.packed_linear import pack_for_decoding
 from lgpt.planning.parameters import transformer_surroundings
 from lgpt.sampling.bench_peers import Gpt2Sampler, LlamaGenSampler
 from lgpt.sampling.generate import generate_tokens
+from lgpt.sampling.pipeline import fastest_dtype
 from lgpt.settings.phases import TransformerRun
 
 OURS, LLAMAGEN, GPT2 = "lgpt", "LlamaGen's sampler", "transformers' GPT2"
@@ -74,12 +76,13 @@ def bench_sample(
     if not 2 <= tokens <= config.num_tokens:
         raise SettingsError(f"--tokens {tokens} must lie between 2 and {config.num_tokens}.")
     device = device_of_this_rank()
-    dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    dtype = fastest_dtype(device)
+    peers_dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
     ours = _Ours(config, run, device, dtype)
     systems: dict[str, Any] = {OURS: ours}
     if peers:
         for name, kind in ((LLAMAGEN, LlamaGenSampler), (GPT2, Gpt2Sampler)):
-            systems[name] = kind(config, ours.parameters_count, device, dtype)
+            systems[name] = kind(config, ours.parameters_count, device, peers_dtype)
     numbers = {
         "guidance": max(run.sampling.guidance, _LEAST_GUIDANCE),
         "temperature": run.sampling.temperature,
@@ -92,6 +95,7 @@ def bench_sample(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
+        "peers_dtype": str(peers_dtype).removeprefix("torch."),
         "tokens_per_image": config.num_tokens,
         "tokens_drawn": tokens,
         "text_tokens": words,
@@ -130,8 +134,11 @@ class _Ours:
         """What one step reads: weights, and of both halves' caches what is filled."""
         config = self.model.config
         like = self.model.start_embedding.weight
-        per_place = 2 * config.hidden * config.layers * product_dtype(like).itemsize
-        return self.weight_bytes + 2 * batch * per_place * (places + words + 1)
+        text_dtype = product_dtype(like)
+        kept_bytes = places * (self.model.cache_dtype or text_dtype).itemsize
+        text_bytes = (words + 1) * text_dtype.itemsize
+        per_row = 2 * config.hidden * config.layers * (kept_bytes + text_bytes)
+        return self.weight_bytes + 2 * batch * per_row
 
     def draw(self, text: Tensor, given: Tensor, **numbers: Any) -> list[float]:
         """The moments at which tokens were there; as the peers' `draw`."""
@@ -220,8 +227,11 @@ def _bytes_per_second(memory: Tensor) -> float:
 def sample_table(result: dict[str, Any]) -> Table:
     """The result of `bench_sample` for people."""
     drawn = f"{result['tokens_drawn']} of {result['tokens_per_image']} tokens"
+    dtypes = result["dtype"]
+    if len(result["parameters"]) > 1 and result["peers_dtype"] != dtypes:
+        dtypes += f" (the others {result['peers_dtype']}, their faster one here)"
     table = Table(
-        title=f"Drawing {drawn} with guidance {result['guidance']:g}, {result['dtype']}, on "
+        title=f"Drawing {drawn} with guidance {result['guidance']:g}, {dtypes}, on "
         f"{result['device']}, peak {result['peak_bytes'] / 2**30:.1f} GiB"
     )
     for name in ("batch", "sampler"):

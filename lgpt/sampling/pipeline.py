@@ -18,8 +18,9 @@ from lgpt.data.transforms import to_pil, to_unit_range, validation_transform
 from lgpt.engine.start import multiplies_bf16
 from lgpt.models.clip_encoder import ClipTextEncoder
 from lgpt.models.clip_scorer import ClipScorer
+from lgpt.models.cpu_block import pack_for_decoding
+from lgpt.models.cpu_library import cpu_library
 from lgpt.models.latent_gpt import LatentGPT
-from lgpt.models.packed_linear import pack_for_decoding
 from lgpt.models.vqvae import VQVAE
 from lgpt.sampling.generate import generate_tokens
 
@@ -83,10 +84,9 @@ class TextToImagePipeline:
         Args:
             folder: Holds `config.json`, `model.safetensors`, `pipeline.json` and `vqvae/`.
             device: Default: the GPU if there is one.
-            dtype: Of the transformer: bf16, fp32, or auto, which is bf16 where the device
-                multiplies it in hardware. On a CPU the weights are then packed, so that the model
-                can draw and be saved, but no longer be trained or moved. VQ-VAE and text encoder
-                stay float32.
+            dtype: Of the transformer's weights: bf16, fp32, or auto, see `fastest_dtype`. On a CPU
+                they are then packed, so that the model can draw and be saved, but no longer be
+                trained or moved. VQ-VAE and text encoder stay float32.
 
         Raises:
             CheckpointError: A part is missing or they do not belong together.
@@ -106,11 +106,10 @@ class TextToImagePipeline:
         if name is not None and (source / name).is_dir():
             name = source / name
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype == "auto":
-            dtype = "bf16" if multiplies_bf16(device) else "fp32"
-        model = LatentGPT.from_pretrained(source).to(device, _DTYPES[dtype])
-        if device.type == "cpu":
-            pack_for_decoding(model)
+        chosen = fastest_dtype(device) if dtype == "auto" else _DTYPES[dtype]
+        model = LatentGPT.from_pretrained(source).to(device, chosen)
+        if device.type == "cpu" and not pack_for_decoding(model) and dtype == "auto":
+            pack_for_decoding(model.float())  # an odd width, which bf16 cannot be packed with
         vqvae = VQVAE.from_pretrained(source / parts.get("vqvae", "vqvae")).to(device)
         digest = parts.get("text_encoder_digest")
         return cls(model, vqvae, name, parts.get("sampling"), digest)
@@ -318,6 +317,16 @@ class TextToImagePipeline:
 
     def _pictures(self, tokens: Tensor) -> list[Image.Image]:
         return to_pil(self.vqvae.decode(tokens).float().cpu())
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """In which weights draw fastest: bf16, or float32 where a device computes bf16 slowly.
+
+    A CPU without bf16 units reads bf16 weights all the same where a compiler is
+    (`cpu_decoding.cpp`).
+    """
+    is_fast = multiplies_bf16(device) or (device.type == "cpu" and cpu_library() is not None)
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def best_of_each(
