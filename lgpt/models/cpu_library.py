@@ -178,10 +178,12 @@ def _compiled(compiler: str, macros: tuple[str, ...]) -> Path:
     ).stdout
     circumstances = repr((compiler, version, macros, _FLAGS, _OPTIONAL_FLAGS, _cpu()))
     digest = hashlib.sha256(_SOURCE.read_bytes() + circumstances.encode()).hexdigest()
-    name = f"cpu_decoding_{digest[:16]}.so"
+    stem = f"cpu_decoding_{digest[:16]}"
     folder = _folder()
-    if (folder / name).is_file():
-        return folder / name
+    for path in sorted(folder.glob(f"{stem}_*.so")):
+        # To open a file whose end is lost, by a crash say, would end this process by SIGBUS.
+        if path.name == _name(stem, path):
+            return path
     started_at = time.monotonic()
     descriptor, staged = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(descriptor)
@@ -196,16 +198,22 @@ def _compiled(compiler: str, macros: tuple[str, ...]) -> Path:
             )
             if done.returncode == 0:
                 break
-        os.replace(staged, folder / name)
+        path = folder / _name(stem, Path(staged))
+        os.replace(staged, path)
     finally:
         Path(staged).unlink(missing_ok=True)
     _logger.info(
         "sampling: compiled %s for this CPU in %.1f s (once), %s",
         _SOURCE.name,
         time.monotonic() - started_at,
-        folder / name,
+        path,
     )
-    return folder / name
+    return path
+
+
+def _name(stem: str, library: Path) -> str:
+    """What a library is called where it is kept: its content's digest shows that it is whole."""
+    return f"{stem}_{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def _folder() -> Path:

@@ -189,6 +189,19 @@ def test_it_is_compiled_once(fresh: Path, caplog: pytest.LogCaptureFixture) -> N
     assert compiled.stat().st_mtime_ns == written_at
 
 
+def test_a_damaged_library_is_compiled_anew(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert cpu_library.cpu_library() is not None
+    (compiled,) = fresh.iterdir()
+    whole = compiled.read_bytes()
+    # A new file: this process has the old one open. Where 4096 bytes are left, opening is SIGBUS.
+    compiled.unlink()
+    compiled.write_bytes(whole[:4096])
+    with caplog.at_level("INFO", "lgpt"):
+        assert cpu_library.cpu_library() is not None
+    assert "compiled cpu_decoding.cpp" in caplog.text
+    assert compiled.read_bytes() == whole
+
+
 def test_without_a_compiler_pytorch_multiplies(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
