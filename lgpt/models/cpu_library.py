@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -85,10 +86,13 @@ def cpu_library(*macros: str) -> Optional[ctypes.CDLL]:
     """
     compiler = _compiler()
     if compiler is None:
+        named = os.environ.get("CXX")
         _logger.info(
-            "sampling: no C++ compiler (%s, or CXX), so PyTorch's products are taken; with one, "
+            "sampling: no C++ compiler (%s), so PyTorch's products are taken; with one, "
             "this CPU draws about twice as fast",
-            ", ".join(_COMPILERS),
+            f"CXX is '{named}', which is not there"
+            if named
+            else ", ".join((*_COMPILERS, "or CXX")),
         )
         return None
     try:
@@ -166,15 +170,18 @@ def _is_right(library: ctypes.CDLL) -> bool:
     return True
 
 
-def _compiler() -> Optional[str]:
-    named = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, (named,) if named else _COMPILERS)), None)
+def _compiler() -> Optional[tuple[str, ...]]:
+    """Program and arguments; CXX may be `ccache g++`."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    programs, arguments = ((named[0],), named[1:]) if named else (_COMPILERS, [])
+    found = next(filter(None, map(shutil.which, programs)), None)
+    return None if found is None else (found, *arguments)
 
 
-def _compiled(compiler: str, macros: tuple[str, ...]) -> Path:
+def _compiled(compiler: tuple[str, ...], macros: tuple[str, ...]) -> Path:
     """The library for this source, compiler and CPU, compiled if it is not there yet."""
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=60
+        [*compiler, "--version"], capture_output=True, check=True, timeout=60
     ).stdout
     circumstances = repr((compiler, version, macros, _FLAGS, _OPTIONAL_FLAGS, _cpu()))
     digest = hashlib.sha256(_SOURCE.read_bytes() + circumstances.encode()).hexdigest()
@@ -189,7 +196,7 @@ def _compiled(compiler: str, macros: tuple[str, ...]) -> Path:
     os.close(descriptor)
     try:
         for number, optional in enumerate(_OPTIONAL_FLAGS):
-            command = [compiler, *_FLAGS, *optional, *(f"-D{macro}" for macro in macros)]
+            command = [*compiler, *_FLAGS, *optional, *(f"-D{macro}" for macro in macros)]
             done = subprocess.run(
                 [*command, str(_SOURCE), "-o", staged],
                 capture_output=True,

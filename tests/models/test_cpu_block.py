@@ -217,6 +217,17 @@ def test_without_a_compiler_pytorch_multiplies(
     torch.testing.assert_close(_cached_logits(model, 0), expected, atol=1e-4, rtol=0)
 
 
+def test_cxx_may_have_arguments_and_one_that_is_not_there_is_named(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "env c++ -O1")
+    assert cpu_library.cpu_library() is not None
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with caplog.at_level("INFO", "lgpt"):
+        assert cpu_library.cpu_library() is None
+    assert "CXX is 'no-such-compiler -O1', which is not there" in caplog.text
+
+
 @pytest.mark.parametrize("broken", ["compiler", "result"])
 def test_what_a_compiler_gets_wrong_is_not_used(
     broken: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
