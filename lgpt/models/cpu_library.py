@@ -6,6 +6,7 @@ PyTorch's products instead.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -34,6 +35,7 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trap
 # What some compilers do not know, best first: clang of macOS has neither.
 _OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ())
 _COMPILE_SECONDS = 300
+_UNKEPT = "~/.cache cannot be written, or what XDG_CACHE_HOME names instead"
 _TILE = 16
 
 
@@ -186,7 +188,11 @@ def _compiled(compiler: tuple[str, ...], macros: tuple[str, ...]) -> Path:
     circumstances = repr((compiler, version, macros, _FLAGS, _OPTIONAL_FLAGS, _cpu()))
     digest = hashlib.sha256(_SOURCE.read_bytes() + circumstances.encode()).hexdigest()
     stem = f"cpu_decoding_{digest[:16]}"
-    folder = _folder()
+    folder = _kept_folder()
+    is_kept = folder is not None
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="lgpt_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path in sorted(folder.glob(f"{stem}_*.so")):
         # To open a file whose end is lost, by a crash say, would end this process by SIGBUS.
         if path.name == _name(stem, path):
@@ -210,10 +216,10 @@ def _compiled(compiler: tuple[str, ...], macros: tuple[str, ...]) -> Path:
     finally:
         Path(staged).unlink(missing_ok=True)
     _logger.info(
-        "sampling: compiled %s for this CPU in %.1f s (once), %s",
+        "sampling: compiled %s for this CPU in %.1f s (%s)",
         _SOURCE.name,
         time.monotonic() - started_at,
-        path,
+        f"once, {path}" if is_kept else f"at every start: {_UNKEPT}",
     )
     return path
 
@@ -223,8 +229,8 @@ def _name(stem: str, library: Path) -> str:
     return f"{stem}_{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
-def _folder() -> Path:
-    """The user's own, and a temporary one where that cannot be written."""
+def _kept_folder() -> Optional[Path]:
+    """The user's own; None where it cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(home) if home else Path("~/.cache").expanduser()) / "lgpt"
     try:
@@ -233,7 +239,7 @@ def _folder() -> Path:
             return folder
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
         _logger.debug("no %s: %s", folder, error)
-    return Path(tempfile.mkdtemp(prefix="lgpt_"))
+    return None
 
 
 def _cpu() -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,8 +250,22 @@ def test_what_a_compiler_gets_wrong_is_not_used(
     assert not list(fresh.glob("tmp*")), "a half-made library is left"
 
 
-def test_a_home_that_cannot_be_written_is_no_obstacle(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_home_that_cannot_be_written_is_no_obstacle(fresh: Path, tmp_path: Path) -> None:
+    """In a process of its own, at whose end nothing is left of the library."""
     fresh.write_text("a file where the folder should be")
-    assert cpu_library.cpu_library() is not None
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    code = (
+        "import logging; logging.basicConfig(level=20);"
+        "from lgpt.models.cpu_library import cpu_library; assert cpu_library() is not None"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "at every start: ~/.cache cannot be written" in done.stderr
+    assert not list(temporary.iterdir())
