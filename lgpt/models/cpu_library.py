@@ -32,8 +32,8 @@ _SOURCE = Path(__file__).with_name("cpu_decoding.cpp")
 _COMPILERS = ("c++", "g++", "clang++")
 # Without the last two a square root and a rounding become calls of the C library.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-# What some compilers do not know, best first: clang of macOS has neither.
-_OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ())
+# What some compilers do not know, best first: clang often comes without OpenMP.
+_OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 _COMPILE_SECONDS = 300
 _UNKEPT = "~/.cache cannot be written, or what XDG_CACHE_HOME names instead"
 _TILE = 16
@@ -211,6 +211,12 @@ def _compiled(compiler: tuple[str, ...], macros: tuple[str, ...]) -> Path:
             )
             if done.returncode == 0:
                 break
+        if "-fopenmp" not in optional:
+            _logger.warning(
+                "sampling: %s has no OpenMP (clang's is the package libomp), so drawing takes one "
+                "thread; CXX may name another compiler",
+                compiler[0],
+            )
         path = folder / _name(stem, Path(staged))
         os.replace(staged, path)
     finally:

@@ -231,6 +231,22 @@ def test_cxx_may_have_arguments_and_one_that_is_not_there_is_named(
     assert "CXX is 'no-such-compiler -O1', which is not there" in caplog.text
 
 
+def test_without_openmp_one_thread_still_uses_all_that_the_cpu_can(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script, log = fresh.parent / "c++", fresh.parent / "flags"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\n'
+        'case " $* " in *" -fopenmp "*) exit 1;; esac\nexec c++ "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert cpu_library.cpu_library() is not None
+    assert "-march=native" in log.read_text().splitlines()[-1]
+    assert "has no OpenMP" in caplog.text
+    assert "one thread" in caplog.text
+
+
 @pytest.mark.parametrize("broken", ["compiler", "result"])
 def test_what_a_compiler_gets_wrong_is_not_used(
     broken: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
