@@ -100,11 +100,15 @@ class _CachedStep:
         attention, cross, mlp = block.self_attention, block.cross_attention, block.mlp
         self._library, self._keys_values = library, cross.keys_values
         self._dtype = attention.qkv.tiles.dtype
+        matrices = (attention.qkv, attention.out, cross.q, cross.out, mlp.up, mlp.down)
+        norms = (block.self_norm, attention.q_norm, attention.k_norm)
+        norms += (block.cross_norm, cross.q_norm, block.mlp_norm)
+        # Their addresses are kept, so the tensors must be, whatever is put in their place later.
+        self._tensors = [matrix.tiles for matrix in matrices]
+        self._tensors += [p.data for norm in norms for p in norm.parameters()]
         self._block = native.Block(
-            *(m.matrix for m in (attention.qkv, attention.out, cross.q, cross.out)),
-            *(m.matrix for m in (mlp.up, mlp.down)),
-            *(_norm(n) for n in (block.self_norm, attention.q_norm, attention.k_norm)),
-            *(_norm(n) for n in (block.cross_norm, cross.q_norm, block.mlp_norm)),
+            *(matrix.matrix for matrix in matrices),
+            *(_norm(norm) for norm in norms),
             attention.qkv.inputs,
             attention.heads,
             mlp.down.inputs,
@@ -149,7 +153,7 @@ class _CachedStep:
 
 
 def _norm(norm: nn.Module) -> native.Norm:
-    """Its address: a norm's tensors must neither move nor change after this."""
+    """Its addresses."""
     if isinstance(norm, nn.Identity):
         return native.Norm(None, None, 0.0)
     assert isinstance(norm, (nn.RMSNorm, nn.LayerNorm)), norm

@@ -174,7 +174,11 @@ def _is_right(library: ctypes.CDLL) -> bool:
 
 def _compiler() -> Optional[tuple[str, ...]]:
     """Program and arguments; CXX may be `ccache g++`."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    given = os.environ.get("CXX", "")
+    try:
+        named = shlex.split(given)
+    except ValueError:  # a quote without its end: no program has such a name
+        named = [given]
     programs, arguments = ((named[0],), named[1:]) if named else (_COMPILERS, [])
     found = next(filter(None, map(shutil.which, programs)), None)
     return None if found is None else (found, *arguments)

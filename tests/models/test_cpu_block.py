@@ -160,6 +160,19 @@ def test_logits_that_are_not_finite_stay_so() -> None:
     assert not _cached_logits(model, 0).isfinite().any()
 
 
+def test_tensors_that_are_replaced_after_packing_are_still_there() -> None:
+    """The compiled block has their addresses."""
+    model = _model(torch.float32)
+    assert pack_for_decoding(model)
+    before = _cached_logits(model, 0)
+    for block in model.blocks:
+        for norm in (block.self_norm, block.cross_norm, block.mlp_norm):
+            norm.weight = nn.Parameter(torch.full_like(norm.weight, 7.0))
+    filler = [torch.full((64,), float("nan")) for _ in range(2000)]
+    assert torch.equal(_cached_logits(model, 0), before)
+    del filler
+
+
 def test_an_odd_width_in_bf16_is_left_to_pytorch() -> None:
     """A bf16 tile holds pairs of inputs."""
     model = _model(torch.bfloat16, mlp_hidden=51)
@@ -225,10 +238,11 @@ def test_cxx_may_have_arguments_and_one_that_is_not_there_is_named(
 ) -> None:
     monkeypatch.setenv("CXX", "env c++ -O1")
     assert cpu_library.cpu_library() is not None
-    monkeypatch.setenv("CXX", "no-such-compiler -O1")
-    with caplog.at_level("INFO", "lgpt"):
-        assert cpu_library.cpu_library() is None
-    assert "CXX is 'no-such-compiler -O1', which is not there" in caplog.text
+    for named in ("no-such-compiler -O1", "c++ 'no end"):
+        monkeypatch.setenv("CXX", named)
+        with caplog.at_level("INFO", "lgpt"):
+            assert cpu_library.cpu_library() is None
+        assert f"CXX is {named!r}, which is not there" in caplog.text
 
 
 def test_without_openmp_one_thread_still_uses_all_that_the_cpu_can(
