@@ -242,7 +242,7 @@ def test_cxx_may_have_arguments_and_one_that_is_not_there_is_named(
         monkeypatch.setenv("CXX", named)
         with caplog.at_level("INFO", "lgpt"):
             assert cpu_library.cpu_library() is None
-        assert f"CXX is {named!r}, which is not there" in caplog.text
+        assert f"CXX is '{named}', which is not there" in caplog.text
 
 
 def test_without_openmp_one_thread_still_uses_all_that_the_cpu_can(
