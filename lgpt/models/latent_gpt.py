@@ -66,7 +66,7 @@ class LatentGPTConfig:
     qk_norm: bool = True
     dropout: float = 0.0
     pkeep: float = 1.0
-    zero_head: bool = True
+    zero_head: bool = False
     cond_drop: float = 0.1
     attention: str = "auto"
 
@@ -158,13 +158,14 @@ class LatentGPT(nn.Module):
     def initialize(self, module: nn.Module) -> None:
         """First values of the parameters that one of the model's modules owns itself.
 
-        N(0, 0.02); what is added to the residual stream smaller, as GPT-2; the head 0 or so; norms
-        1.
+        N(0, 0.02); what is added to the residual stream smaller, as GPT-2; the head so that logits
+        have a variance of 1/16, which leaves the first loss within 1% of ln V, or 0; norms 1.
         """
-        is_normal_head = isinstance(module, TokenHead) and not self.config.zero_head
         if isinstance(module, ResidualLinear):
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.layers))
-        elif is_normal_head or isinstance(module, (nn.Linear, nn.Embedding)):
+        elif isinstance(module, TokenHead) and not self.config.zero_head:
+            nn.init.normal_(module.weight, std=0.25 / math.sqrt(self.config.hidden))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         elif any(True for _ in module.parameters(recurse=False)):
             module.reset_parameters()

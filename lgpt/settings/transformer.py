@@ -31,7 +31,9 @@ class TransformerSettings(Section):
         "(taming-transformers' name)",
     )
     zero_head: bool = Field(
-        True, description="the head starts at zero and the loss at ln(codes); false: N(0, 0.02)"
+        False,
+        description="the head starts at zero and the loss at exactly ln(codes); false: at N(0, "
+        "1 / (16 x hidden)), from where the loss falls faster",
     )
     cond_drop: float = Field(
         0.1, ge=0, le=1, description="share of captions replaced by the learned null embedding"

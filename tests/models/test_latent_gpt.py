@@ -50,9 +50,9 @@ def test_reference_model_has_512_million_parameters() -> None:
     assert 0 < model.num_parameters() - matrices < 200_000, "the rest is norms, start and null"
 
 
-def test_first_loss_is_exactly_ln_of_the_codebook_size() -> None:
+def test_first_loss_of_a_zero_head_is_exactly_ln_of_the_codebook_size() -> None:
     tokens, text, mask = _batch()
-    model = LatentGPT(TINY)
+    model = LatentGPT(dataclasses.replace(TINY, zero_head=True))
     loss = model(tokens, text, mask, targets=tokens)
     assert loss.item() == pytest.approx(math.log(32))
 
@@ -64,7 +64,7 @@ def test_initial_weights_have_the_stated_spread() -> None:
     assert float(block.self_attention.qkv.weight.std()) == pytest.approx(0.02, rel=0.05)
     for residual in (block.self_attention.out, block.cross_attention.out, block.mlp.down):
         assert float(residual.weight.std()) == pytest.approx(0.02 / 4, rel=0.05)
-    assert not model.head.weight.any()
+    assert float(model.head.weight.std()) == pytest.approx(0.25 / 128**0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -211,12 +211,16 @@ def test_pkeep_replaces_its_share_of_the_input_tokens_in_training_only() -> None
     assert set(read[1].unique().tolist()) == set(range(32))
 
 
-def test_head_starts_at_zero_unless_it_is_asked_to_be_normal() -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("hidden", [64, 512])
+def test_head_starts_small_at_any_width_or_at_zero(hidden: int) -> None:
     torch.manual_seed(0)
-    wide = dataclasses.replace(TINY, hidden=128, codebook_size=256)
-    assert not LatentGPT(wide).head.weight.any()
-    normal = LatentGPT(dataclasses.replace(wide, zero_head=False)).head.weight
-    assert float(normal.detach().std()) == pytest.approx(0.02, rel=0.05)
+    wide = dataclasses.replace(TINY, hidden=hidden, codebook_size=1024, zero_head=False)
+    model, (tokens, text, mask) = LatentGPT(wide).eval(), _batch()
+    assert float(model(tokens, text, mask).std()) == pytest.approx(0.25, rel=0.1)
+    loss = model(tokens, text, mask, targets=tokens).item()
+    assert loss == pytest.approx(math.log(1024), rel=0.01)
+    assert not LatentGPT(dataclasses.replace(wide, zero_head=True)).head.weight.any()
 
 
 def test_bf16_stays_bf16_with_a_float32_loss() -> None:
