@@ -322,6 +322,14 @@ def test_a_model_or_loss_that_fits_and_is_another_one_is_told_and_no_old_number(
     assert "train another model or loss than those before: transformer.heads (was" in went_on.log
 
 
+def test_how_the_head_once_started_is_no_difference(tmp_path):
+    """Its default has changed: a run that began before goes on without a warning."""
+    path = tiny_runs.write_run(tmp_path, "a", "transformer")
+    old = load_run_settings(path, ["transformer.zero_head=true"], environ={})
+    new = load_run_settings(path, ["transformer.zero_head=false"], environ={})
+    assert not [row for row in settings_rows(new, old, new) if row.is_model]
+
+
 def test_the_diff_tells_what_differs_in_a_vqvae_and_its_loss(tmp_path):
     path = tiny_runs.write_run(tmp_path, "a", "vqvae")
     old = load_run_settings(path, environ={})
