@@ -171,7 +171,7 @@ def sample(
     preview: Optional[Path] = typer.Option(
         None, help="a PNG, written anew after every quarter of the rows"
     ),
-    dtype: str = typer.Option("auto", help="auto (bf16 where the device has it), bf16 or fp32"),
+    dtype: str = typer.Option("auto", help="of the weights: auto (the fastest here), bf16 or fp32"),
 ) -> None:
     """Draw pictures from prompts."""
     from lgpt.sampling.draw_to_file import Choices, draw_to_file, prompts_from
