@@ -105,6 +105,7 @@ class _CachedStep:
         norms += (block.cross_norm, cross.q_norm, block.mlp_norm)
         # Their addresses are kept, so the tensors must be, whatever is put in their place later.
         self._tensors = [matrix.tiles for matrix in matrices]
+        self._weights = sum(tiles.numel() for tiles in self._tensors)
         self._tensors += [p.data for norm in norms for p in norm.parameters()]
         self._block = native.Block(
             *(matrix.matrix for matrix in matrices),
@@ -146,7 +147,7 @@ class _CachedStep:
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
             words,
             scratch.data_ptr(),
-            torch.get_num_threads(),
+            native.threads_for(batch * length * self._weights),
         )
         self._library.lgpt_block(self._block, call)
         return x_BLD

@@ -35,6 +35,8 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trap
 # What some compilers do not know, best first: clang often comes without OpenMP.
 _OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 _COMPILE_SECONDS = 300
+# Some 0.1 ms. Threads meet a dozen times a block, and each time wait for one whose core is busy.
+_MULTIPLICATIONS_A_THREAD = 1 << 21
 _UNKEPT = "~/.cache cannot be written, or what XDG_CACHE_HOME names instead"
 _TILE = 16
 
@@ -150,9 +152,15 @@ def times_tiles(library: ctypes.CDLL, tiles: Tensor, outputs: int, x: Tensor) ->
         y.data_ptr(),
         rows,
         scratch.data_ptr(),
-        torch.get_num_threads(),
+        threads_for(rows * inputs * outputs),
     )
     return y
+
+
+def threads_for(multiplications: int) -> int:
+    """How many threads a call is worth: one for a small model."""
+    worth = multiplications // _MULTIPLICATIONS_A_THREAD
+    return max(1, min(torch.get_num_threads(), worth))
 
 
 def _is_right(library: ctypes.CDLL) -> bool:
