@@ -121,7 +121,9 @@ RUNS = {
         "loss": {"adversarial": "hinge"},
         "discriminator": {"start_step": 1, "warmup_steps": 0, "layers": 1, "channels": 16},
     },
-    "transformer": {"transformer": {"dropout": 0.0}},
+    # From a zero head the blocks' first gradients are exactly zero, not rounding of which AdamW
+    # makes full steps: five steps stay within the bound below.
+    "transformer": {"transformer": {"dropout": 0.0, "zero_head": True}},
 }
 
 
