@@ -14,10 +14,12 @@ Choice = Literal["config", "checkpoint"]
 _IMPOSABLE = ("optimizer", "schedule", "batch")
 _READ_ONLY = ("seed", "data")
 _OF_THE_MODEL = ("conditioning", "transformer", "loss", "discriminator")
-# Every kernel gives the same, and so do the same weights in another place.
-_OF_THE_MACHINE = ("transformer.attention", "loss.vgg16_weights", "loss.lpips_weights")
-# First weights only, and a checkpoint has others.
-_OF_THE_FIRST_STEP = ("transformer.zero_head",)
+# Every kernel gives the same, and so do the same weights in another place; how a head's first
+# weights were drawn is past.
+_WITHOUT_EFFECT = (
+    *("transformer.attention", "transformer.zero_head"),
+    *("loss.vgg16_weights", "loss.lpips_weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,7 @@ def _differing(
     """Name, value now and value of the save of every field of a section that differs."""
     ours, theirs = (_flat(section, getattr(each, section, None)) for each in (run, saved))
     for name in {**ours, **theirs}:
-        is_meant = name not in (*_OF_THE_MACHINE, *_OF_THE_FIRST_STEP)
-        if ours.get(name) != theirs.get(name) and is_meant:
+        if ours.get(name) != theirs.get(name) and name not in _WITHOUT_EFFECT:
             yield name, ours.get(name), theirs.get(name)
 
 
