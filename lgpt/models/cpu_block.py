@@ -13,7 +13,6 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from lgpt.core.logging import get_logger
 from lgpt.models import cpu_library as native
 from lgpt.models.attention import Rotation
 from lgpt.models.block import Block
@@ -21,8 +20,6 @@ from lgpt.models.kv_cache import BlockCache
 from lgpt.models.latent_gpt import LatentGPT
 from lgpt.models.packed_linear import pack_linear_layers
 from lgpt.models.token_head import TokenHead
-
-_logger = get_logger(__name__)
 
 
 def pack_for_decoding(model: LatentGPT) -> bool:

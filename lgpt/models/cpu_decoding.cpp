@@ -399,21 +399,25 @@ inline void activate(const LgptBlock& b, const float* up, Out* out, int64_t rows
     }
 }
 
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 int64_t room_of_a_head(const LgptBlock& b, int64_t positions, int64_t words) {
-    return b.width / b.heads + (positions > words ? positions : words);
+    return b.width / b.heads + larger(positions, words);
 }
 
-int64_t up_floats(const LgptBlock& b) { return b.is_gated ? 2 * b.inner : b.inner; }
+// Of a row of what a product gives, and of what goes into one.
+int64_t wide_floats(const LgptBlock& b) {
+    return larger(b.is_gated ? 2 * b.inner : b.inner, 3 * b.width);
+}
+int64_t left_floats(const LgptBlock& b) { return larger(b.inner, b.width); }
 
 template <typename Format>
 void run(const LgptBlock& b, const LgptCall& c) {
     using Operand = typename Format::Operand;
     const int64_t rows = c.batch * c.length;
-    const int64_t widest = up_floats(b) > 3 * b.width ? up_floats(b) : 3 * b.width;
-    float* wide = c.scratch;                                     // [R, widest]
-    Operand* left = reinterpret_cast<Operand*>(wide + rows * widest);  // [R, max(D, inner)]
-    const int64_t left_width = b.inner > b.width ? b.inner : b.width;
-    float* rooms = wide + rows * (widest + left_width);
+    float* wide = c.scratch;
+    Operand* left = reinterpret_cast<Operand*>(wide + rows * wide_floats(b));
+    float* rooms = wide + rows * (wide_floats(b) + left_floats(b));
     const int64_t room_size = room_of_a_head(b, c.positions, c.words);
 #pragma omp parallel num_threads(c.threads)
     {
@@ -460,9 +464,7 @@ extern "C" {
 // Floats of scratch that lgpt_block needs.
 int64_t lgpt_scratch_floats(const LgptBlock* b, int64_t batch, int64_t length, int64_t positions,
                             int64_t words) {
-    const int64_t widest = up_floats(*b) > 3 * b->width ? up_floats(*b) : 3 * b->width;
-    const int64_t left_width = b->inner > b->width ? b->inner : b->width;
-    return batch * length * (widest + left_width) +
+    return batch * length * (wide_floats(*b) + left_floats(*b)) +
            batch * b->heads * room_of_a_head(*b, positions, words);
 }
 
