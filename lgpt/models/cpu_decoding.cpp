@@ -86,22 +86,18 @@ inline float exponential(float x) {
 struct Float32 {
     using Operand = float;  // what multiplies the matrix
     using Kept = float;     // keys and values in the cache
-    using Tile = const float*;
-    static constexpr int BYTES = 4;
+    using Word = float;     // what a tile's lines are made of
+    struct Sum {
+        Floats parts[PARTS];
+    };
+    static constexpr int INPUTS_A_LINE = 1;
 
-    template <int ROWS, int TILES>
-    static void sums(Tile tile, const Operand* x, int64_t inputs, float (*out)[ROWS][TILE]) {
-        Floats sum[TILES][ROWS][PARTS] = {};
-        for (int64_t i = 0; i < inputs; ++i)
-            for (int t = 0; t < TILES; ++t) {
-                Tile line = tile + (t * inputs + i) * TILE;
-                __builtin_prefetch(line + AHEAD);
-                for (int p = 0; p < PARTS; ++p) {
-                    const Floats w = floats_at(line + p * LANES);
-                    for (int r = 0; r < ROWS; ++r) sum[t][r][p] += w * x[r * inputs + i];
-                }
-            }
-        std::memcpy(out, sum, sizeof sum);
+    template <int ROWS>
+    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+        for (int p = 0; p < PARTS; ++p) {
+            const Floats w = floats_at(line + p * LANES);
+            for (int r = 0; r < ROWS; ++r) sums[r].parts[p] += w * x[r * inputs];
+        }
     }
 };
 
@@ -122,55 +118,57 @@ inline Floats16 with_pairs(Floats16 sum, Words16 left, Words16 right) {
 struct Bf16 {
     using Operand = uint16_t;
     using Kept = uint16_t;
-    using Tile = const uint32_t*;
-    static constexpr int BYTES = 2;
+    using Word = uint32_t;
+    using Sum = Floats16;
+    static constexpr int INPUTS_A_LINE = 2;
 
-    template <int ROWS, int TILES>
-    static void sums(Tile tile, const Operand* x, int64_t inputs, float (*out)[ROWS][TILE]) {
-        Floats16 sum[TILES][ROWS] = {};
-        const int64_t pairs = inputs / 2;
-        for (int64_t i = 0; i < pairs; ++i)
-            for (int t = 0; t < TILES; ++t) {
-                Tile line = tile + (t * pairs + i) * TILE;
-                __builtin_prefetch(line + AHEAD);
-                const Words16 w = *reinterpret_cast<const Words16*>(line);
-                for (int r = 0; r < ROWS; ++r) {
-                    uint32_t pair;
-                    std::memcpy(&pair, x + r * inputs + 2 * i, 4);
-                    sum[t][r] = with_pairs(sum[t][r], w, Words16{} + pair);
-                }
-            }
-        std::memcpy(out, sum, sizeof sum);
+    template <int ROWS>
+    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+        const Words16 w = *reinterpret_cast<const Words16*>(line);
+        for (int r = 0; r < ROWS; ++r) {
+            uint32_t pair;
+            std::memcpy(&pair, x + r * inputs, 4);
+            sums[r] = with_pairs(sums[r], w, Words16{} + pair);
+        }
     }
 };
 #else
 struct Bf16 {
     using Operand = float;
     using Kept = uint16_t;
-    using Tile = const uint32_t*;
-    static constexpr int BYTES = 2;
+    using Word = uint32_t;
+    using Sum = Float32::Sum;
+    static constexpr int INPUTS_A_LINE = 2;
 
-    template <int ROWS, int TILES>
-    static void sums(Tile tile, const Operand* x, int64_t inputs, float (*out)[ROWS][TILE]) {
-        Floats sum[TILES][ROWS][PARTS] = {};
-        const int64_t pairs = inputs / 2;
-        for (int64_t i = 0; i < pairs; ++i)
-            for (int t = 0; t < TILES; ++t) {
-                Tile line = tile + (t * pairs + i) * TILE;
-                __builtin_prefetch(line + AHEAD);
-                Words w[PARTS];
-                for (int p = 0; p < PARTS; ++p) w[p] = words_at(line + p * LANES);
-                for (int r = 0; r < ROWS; ++r)
-                    for (int p = 0; p < PARTS; ++p)
-                        sum[t][r][p] += (Floats)(w[p] << 16) * x[r * inputs + 2 * i];
-                for (int r = 0; r < ROWS; ++r)
-                    for (int p = 0; p < PARTS; ++p)
-                        sum[t][r][p] += (Floats)(w[p] & 0xffff0000u) * x[r * inputs + 2 * i + 1];
-            }
-        std::memcpy(out, sum, sizeof sum);
+    template <int ROWS>
+    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+        Words w[PARTS];
+        for (int p = 0; p < PARTS; ++p) w[p] = words_at(line + p * LANES);
+        for (int r = 0; r < ROWS; ++r)
+            for (int p = 0; p < PARTS; ++p)
+                sums[r].parts[p] += (Floats)(w[p] << 16) * x[r * inputs];
+        for (int r = 0; r < ROWS; ++r)
+            for (int p = 0; p < PARTS; ++p)
+                sums[r].parts[p] += (Floats)(w[p] & 0xffff0000u) * x[r * inputs + 1];
     }
 };
 #endif
+
+// TILES tiles, one behind the other, times ROWS rows.
+template <typename Format, int ROWS, int TILES>
+inline void products(const typename Format::Word* tile, const typename Format::Operand* x,
+                     int64_t inputs, float (*out)[ROWS][TILE]) {
+    typename Format::Sum sums[TILES][ROWS] = {};
+    static_assert(sizeof(typename Format::Sum) == sizeof(float) * TILE, "out is a copy of sums");
+    const int64_t lines = inputs / Format::INPUTS_A_LINE;
+    for (int64_t i = 0; i < lines; ++i)
+        for (int t = 0; t < TILES; ++t) {
+            const typename Format::Word* line = tile + (t * lines + i) * TILE;
+            __builtin_prefetch(line + AHEAD);
+            Format::add(line, x + i * Format::INPUTS_A_LINE, inputs, sums[t]);
+        }
+    std::memcpy(out, sums, sizeof sums);
+}
 
 }  // namespace
 
@@ -216,10 +214,9 @@ template <typename Format, int ROWS, int TILES>
 inline void rows_times_tiles(const LgptMatrix& m, int64_t tile, const typename Format::Operand* x,
                              float* y, bool is_added) {
     float out[TILES][ROWS][TILE];
-    const char* tiles = static_cast<const char*>(m.tiles);
-    Format::template sums<ROWS, TILES>(
-        reinterpret_cast<typename Format::Tile>(tiles + tile * TILE * m.inputs * Format::BYTES), x,
-        m.inputs, out);
+    const auto* tiles = static_cast<const typename Format::Word*>(m.tiles);
+    products<Format, ROWS, TILES>(tiles + tile * TILE * (m.inputs / Format::INPUTS_A_LINE), x,
+                                  m.inputs, out);
     for (int t = 0; t < TILES; ++t) {
         const int64_t first = (tile + t) * TILE;
         const int64_t count = m.outputs - first < TILE ? m.outputs - first : TILE;
