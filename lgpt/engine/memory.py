@@ -27,6 +27,8 @@ def keep_freed_memory(device: torch.device) -> bool:
     By default every tensor over 32 MiB (often much less) is mapped from the system and given back,
     and the next step pays for clearing each of its pages again. A ZeRO-2 step of 73M parameters on
     512 tokens took 1.5 s of one core with it, 2.7 s without (torch 2.13); peak memory grew by 4%.
+    The trim threshold is switched off, for the largest that mallopt takes is 2 GiB: with that one
+    the float32 gradients of 512M parameters were given back and cleared anew in every step.
 
     Returns:
         True when it was switched on.
@@ -36,4 +38,4 @@ def keep_freed_memory(device: torch.device) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl has none
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
