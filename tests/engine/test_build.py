@@ -1,8 +1,11 @@
-"""Which parameters AdamW decays."""
+"""Which parameters AdamW decays, and the norms that gradients are clipped by."""
 
 from __future__ import annotations
 
-from lgpt.engine.build import parameter_groups
+import pytest
+import torch
+
+from lgpt.engine.build import norms_of_rows, parameter_groups
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 
 
@@ -29,3 +32,27 @@ def test_kernels_are_decayed_and_codes_norms_and_biases_are_not():
     assert all("norm" in name or name.endswith("bias") for name in others)
     assert {parameter.ndim for parameter in decayed["params"]} == {4}
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4095,), (4096,), (64, 64), (3, 5000), (3000, 2000)])
+def test_norm_of_row_norms_is_the_norm_in_float64(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(shape) * 1e-4
+    rows = norms_of_rows(gradient)
+    assert (rows.dtype, rows.numel()) == (torch.float32, -(-gradient.numel() // 4096))
+    expected = torch.linalg.vector_norm(gradient.double())
+    got = torch.linalg.vector_norm(rows.double())
+    tolerance = 1e-6 if gradient.numel() < 9000 else 3e-8
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
+
+
+def test_row_norms_are_float32_and_broken_gradients_stay_broken() -> None:
+    gradient = torch.randn(5000).bfloat16()
+    expected = torch.linalg.vector_norm(gradient.double())
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(norms_of_rows(gradient).double()), expected, rtol=1e-6, atol=0
+    )
+    for broken in (float("nan"), float("inf")):
+        gradient = torch.ones(10000)
+        gradient[7] = broken
+        assert not bool(norms_of_rows(gradient).isfinite().all())
