@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lgpt.models.attention import CrossAttention, ResidualLinear, SelfAttention, build_norm
+from lgpt.models.dropout import Dropout
 from lgpt.models.kv_cache import BlockCache
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(c.hidden, text_width, c.heads, c.norm, c.qk_norm)
         self.mlp_norm = build_norm(c.norm, c.hidden)
         self.mlp = FeedForward(c)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         # (x, rotation, text, text_mask, cache, position) -> x: cpu_block.py has a faster way.
         self.cached_step: Optional[Callable[..., Tensor]] = None
 

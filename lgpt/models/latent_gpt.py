@@ -26,6 +26,7 @@ from lgpt.models.attention import (
     product_dtype,
 )
 from lgpt.models.block import Block
+from lgpt.models.dropout import Dropout
 from lgpt.models.kv_cache import BlockCache, DecodingState, ImageCache
 from lgpt.models.model_folder import (
     check_fields,
@@ -148,7 +149,7 @@ class LatentGPT(nn.Module):
             self.position_embedding = nn.Embedding(config.num_tokens, config.hidden)
         else:
             self.rope = Rope2d(config.grid_height, config.grid_width, config.head_width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = build_norm(config.norm, config.hidden)
         self.head = TokenHead(config.hidden, config.codebook_size)
