@@ -47,7 +47,7 @@ def bench_train(
 
     Args:
         run: Transformer, blocks, precision, DeepSpeed config and `batch.micro_batch_images`.
-        steps: Measured steps a round, after one that is not counted.
+        steps: Measured steps a round, after two that are not counted.
         rounds: Medians over all steps of all rounds are given; ratios are medians over rounds.
         words: Text tokens a picture.
         with_peers: Also LlamaGen's text-to-image step and transformers' GPT2 with cross-attention.

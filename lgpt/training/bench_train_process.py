@@ -26,6 +26,7 @@ from lgpt.training.bench_peers import PeerStep
 
 PARTS = ("data", "forward", "backward", "optimizer")
 _PRODUCT_REPEATS = 3
+_FIRST_STEPS = 2  # moments are made in the first, and from its end on freed memory is kept
 
 
 class OurStep:
@@ -76,9 +77,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         step = OurStep(task, config)
     else:
         step = PeerStep(task["what"], config, task["parameters"], device, task["precision"])
-    steps = [_one_step(step, task, config, device) for _ in range(1 + task["steps"])]
+    count = _FIRST_STEPS + task["steps"]
+    steps = [_one_step(step, task, config, device) for _ in range(count)]
     result = {
-        "parts": steps[1:],
+        "parts": steps[_FIRST_STEPS:],
         "peak_bytes": peak_bytes(device),
         "threads": torch.get_num_threads(),
     }
