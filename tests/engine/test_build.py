@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lgpt.engine.build import norms_of_rows, parameter_groups
+from lgpt.engine.build import _take_norms_by_rows, norms_of_rows, parameter_groups
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 
 
@@ -56,3 +56,21 @@ def test_row_norms_are_float32_and_broken_gradients_stay_broken() -> None:
         gradient = torch.ones(10000)
         gradient[7] = broken
         assert not bool(norms_of_rows(gradient).isfinite().all())
+
+
+class _Optimizer:
+    """DeepSpeed's sum in float64, and -1 for what is not finite."""
+
+    def get_grad_norm_direct(self, gradients, params, norm_type=2):
+        norm = torch.stack([g.double().norm(norm_type) for g in gradients]).norm(norm_type)
+        return norm if norm.isfinite() else torch.tensor(-1.0)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e25, float("inf")])
+def test_squares_too_large_for_float32_are_left_to_deepspeed(largest: float) -> None:
+    gradients = [torch.full((5000,), 0.1), torch.full((3,), largest)]
+    expected = _Optimizer().get_grad_norm_direct(gradients, gradients)
+    optimizer = _Optimizer()
+    _take_norms_by_rows(optimizer, torch.device("cpu"))
+    got = optimizer.get_grad_norm_direct(gradients, gradients)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=0)
