@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from lgpt.core.errors import SettingsError
 from lgpt.models.dropout import Dropout
 
 
@@ -65,6 +66,20 @@ def test_mean_and_spread_are_those_of_pytorch_in_bf16() -> None:
     ours, theirs = Dropout(0.1)(x).float(), functional.dropout(x, 0.1).float()
     assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=5e-3)
     assert float((ours * x).mean()) == pytest.approx(float((theirs * x).mean()), rel=5e-3)
+
+
+def test_compiled_dropout_is_one_graph() -> None:
+    """Dynamo breaks a graph at `random_`."""
+    torch.manual_seed(6)
+    compiled = torch.compile(Dropout(0.25), fullgraph=True, backend="aot_eager")
+    dropped = compiled(torch.ones(10000))
+    assert abs(float((dropped == 0).float().mean()) - 0.25) < 0.03
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5])
+def test_other_shares_are_refused(p: float) -> None:
+    with pytest.raises(SettingsError, match=f"dropout is {p}"):
+        Dropout(p)
 
 
 def test_all_but_everything_can_be_dropped() -> None:
