@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 
@@ -30,10 +31,16 @@ def keep_freed_memory(device: torch.device) -> bool:
     The trim threshold is switched off, for the largest that mallopt takes is 2 GiB: with that one
     the float32 gradients of 512M parameters were given back and cleared anew in every step.
 
+    What is kept has holes: a checkpointed step of 6 layers on 8,192 tokens has 6.0 GiB this way and
+    4.4 where `MALLOC_MMAP_THRESHOLD_=4194304 THP_MEM_ALLOC_ENABLE=1` maps every tensor over 4 MiB,
+    but takes 1.5 times as long outside of its products. Who sets the first of these has decided.
+
     Returns:
         True when it was switched on.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return False
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl has none

@@ -49,6 +49,11 @@ def _faults(mode: str, *mebi_floats: str) -> int:
     return int(subprocess.run(command, capture_output=True, check=True, timeout=300).stdout)
 
 
+def test_who_sets_mallocs_threshold_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4194304")
+    assert not keep_freed_memory(torch.device("cpu"))
+
+
 def test_memory_of_gpus_is_left_to_their_allocator() -> None:
     assert not keep_freed_memory(torch.device("cuda", 0))
 
