@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from datetime import timedelta
@@ -46,11 +47,28 @@ def load_deepspeed() -> ModuleType:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # torch >= 2.10 renamed two collectives; DeepSpeed 0.19.8 calls the old names at every step.
     warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
-    import deepspeed
-    import deepspeed.ops
-
+    deepspeed = _import_deepspeed()
     if not torch.cuda.is_available() and hasattr(deepspeed.ops, "__compatible_ops__"):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _import_deepspeed() -> ModuleType:
+    """DeepSpeed without MLflow.
+
+    DeepSpeed's autotuner takes MLflow where it finds it, though training never tunes: with it each
+    rank imports 1,370 modules more, in 2 s of a core and 115 MiB (DeepSpeed 0.19.8, MLflow 3.17).
+    Only the first import hides it: later a thread may be importing MLflow for the tracker.
+    """
+    hides = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
+    if hides:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        if hides:
+            del sys.modules["mlflow"]
     return deepspeed  # type: ignore[no-any-return]
 
 

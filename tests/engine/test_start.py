@@ -91,3 +91,20 @@ except SettingsError as error:
         )
     assert f"port {port} of this machine is taken" in done.stdout, done.stderr[-3000:]
     assert "--master_port" in done.stdout
+
+
+def test_a_rank_does_not_import_mlflow_and_can():
+    program = """
+import sys
+from lgpt.engine.start import load_deepspeed
+load_deepspeed()
+print([name for name in sys.modules if name.split(".")[0] == "mlflow"])
+import deepspeed.autotuning.autotuner, mlflow
+print(mlflow.__name__)
+load_deepspeed()
+print(mlflow is sys.modules["mlflow"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines()[-3:] == ["[]", "mlflow", "True"], done.stderr[-3000:]
