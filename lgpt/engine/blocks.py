@@ -6,6 +6,7 @@ before it is computed, and again before it is recomputed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from typing import Any, Callable
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import (
 
 from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
+from lgpt.engine.memory import give_back_holes
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.latent_gpt import LatentGPT
 from lgpt.models.vqvae import VQVAE
@@ -58,7 +60,7 @@ def apply_block_settings(model: LatentGPT, settings: BlockSettings) -> None:
     def call(index: int, block: nn.Module, *args: Any) -> Any:
         # Nothing is kept without gradients, so there is nothing to make again.
         if index % step == 0 and torch.is_grad_enabled():
-            return run_checkpointed(_with_its_products(block), *args)
+            return run_checkpointed(_recomputed(block), *args)
         return block(*args)
 
     model.call_block = call
@@ -72,7 +74,7 @@ def apply_vqvae_block_settings(model: VQVAE, settings: VqvaeBlockSettings) -> No
     def call(part: nn.Module, x: torch.Tensor) -> Any:
         # A frozen encoder runs without gradients, and validation too.
         if torch.is_grad_enabled():
-            return checkpoint(_with_its_products(part), x, use_reentrant=False)
+            return checkpoint(_recomputed(part), x, use_reentrant=False)
         return part(x)
 
     for module in model.modules():
@@ -80,16 +82,19 @@ def apply_vqvae_block_settings(model: VQVAE, settings: VqvaeBlockSettings) -> No
             module.call_part = call
 
 
-def _with_its_products(part: nn.Module) -> Callable[..., Any]:
-    """`part` with `Float32Products` where they are on: torch switches every such mode off for the
-    time of `Tensor.backward`, in which `part` is computed again and must save the same types.
-    """
-    if not Float32Products.is_on:
-        return part
+def _recomputed(part: nn.Module) -> Callable[..., Any]:
+    """What is to be called now and, in backward, again.
 
-    def call(*args: Any) -> Any:
-        with Float32Products():
-            return part(*args)
+    With `Float32Products` where they are on: torch switches every such mode off for the time of
+    `Tensor.backward`, in which `part` is computed again and must save the same types.
+    """
+    products = Float32Products if Float32Products.is_on else contextlib.nullcontext
+
+    def call(x: torch.Tensor, *args: Any) -> Any:
+        if x.device.type == "cpu":
+            give_back_holes()  # here nothing of other blocks is alive but what they kept
+        with products():
+            return part(x, *args)
 
     return call
 

@@ -123,6 +123,18 @@ def test_a_checkpointed_vqvae_in_bf16_goes_with_float32_products(
     assert all(torch.equal(mine, reference) for mine, reference in zip(found, expected))
 
 
+@pytest.mark.parametrize("checkpointed_by", ["torch", "deepspeed"])
+def test_holes_are_looked_for_before_each_block_forward_and_backward(
+    checkpointed_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[None] = []
+    monkeypatch.setattr("lgpt.engine.blocks.give_back_holes", lambda: looks.append(None))
+    gradients({"checkpointing": "full", "checkpointed_by": checkpointed_by})
+    assert len(looks) == 2 * CONFIG.layers
+    gradients({})
+    assert len(looks) == 2 * CONFIG.layers
+
+
 def test_every_second_block_keeps_more_than_none_of_them() -> None:
     assert gradients(MODES[0])[1] < gradients(MODES[2])[1]
 

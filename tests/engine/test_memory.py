@@ -49,6 +49,29 @@ def _faults(mode: str, *mebi_floats: str) -> int:
     return int(subprocess.run(command, capture_output=True, check=True, timeout=300).stdout)
 
 
+_HOLES_BETWEEN_TENSORS = """
+import torch
+from lgpt.engine.memory import _anonymous_bytes, give_back_holes, keep_freed_memory
+assert keep_freed_memory(torch.device("cpu"))
+layers = [(torch.ones(4 << 20), torch.ones(4 << 10)) for _ in range(40)]
+kept = [small for _, small in layers]
+del layers
+before = _anonymous_bytes()
+given_back = give_back_holes(700 << 20), give_back_holes(500 << 20), give_back_holes(500 << 20)
+print(*given_back, before - _anonymous_bytes() >> 20, *{float(small.sum()) for small in kept})
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
+def test_holes_of_640_mib_are_given_back_where_500_are_the_most() -> None:
+    command = [sys.executable, "-c", _HOLES_BETWEEN_TENSORS]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=300, text=True)
+    *given_back, mebibytes, sums = done.stdout.split()
+    assert given_back == ["False", "True", "False"]
+    assert 600 < int(mebibytes) < 680
+    assert float(sums) == 4096
+
+
 def test_who_sets_mallocs_threshold_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4194304")
     assert not keep_freed_memory(torch.device("cpu"))
