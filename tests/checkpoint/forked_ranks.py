@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -128,13 +128,16 @@ def forked_ranks(folder: Path) -> Iterator[ForkedRanks]:
 
 
 def _serve() -> None:
-    import torch  # noqa: F401 - all that is imported here costs the ranks nothing
+    # All that is imported here costs the ranks nothing.
+    import torch._dynamo  # noqa: F401
 
     from lgpt.core.logging import configure_logging
     from lgpt.engine.start import load_deepspeed
     from lgpt.training import train  # noqa: F401
 
     load_deepspeed()
+    with suppress(ImportError):  # what every ZeRO engine of DeepSpeed 0.19 imports
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     configure_logging  # noqa: B018 - each rank configures its own
     counts = mmap.mmap(-1, 8 * len(PLACES))
     for line in sys.stdin:
