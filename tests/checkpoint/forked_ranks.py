@@ -8,6 +8,7 @@ real signals; only DeepSpeed's launcher is missing (test_orphans.py has it).
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import os
@@ -139,6 +140,7 @@ def _serve() -> None:
     with suppress(ImportError):  # what every ZeRO engine of DeepSpeed 0.19 imports
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     configure_logging  # noqa: B018 - each rank configures its own
+    gc.freeze()  # the ranks' collections leave what was imported alone
     counts = mmap.mmap(-1, 8 * len(PLACES))
     for line in sys.stdin:
         order = json.loads(line)

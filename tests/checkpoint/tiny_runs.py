@@ -21,6 +21,9 @@ _COMMON: dict[str, Any] = {
     "tracking": {"enabled": False},
 }
 
+# Of a VQ-VAE for many steps: ZeRO-3 takes its time for each module.
+FEW_MODULES: dict[str, Any] = {"num_res_blocks": 0, "attn_resolutions": []}
+
 
 def write_run(folder: Path, name: str, trains: str, **changes: Any) -> Path:
     """A config file.

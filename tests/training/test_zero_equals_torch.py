@@ -67,8 +67,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("zero")
     seed_everything(1)
     VQVAE(VQVAEConfig.from_settings(VqvaeSettings(**tiny.VQVAE))).save_pretrained(folder / "vqvae")
-    gradient = {**tiny.VQVAE, "codebook_update": "gradient"}
-    averages = {**tiny.VQVAE, "codebook_size": 96, "ema_decay": 0.5}  # codes restart now and then
+    few = {**tiny.VQVAE, "num_res_blocks": 0}  # modules: ZeRO-3 takes its time for each
+    gradient = {**few, "codebook_update": "gradient"}
+    averages = {**few, "codebook_size": 96, "ema_decay": 0.5}  # codes restart now and then
     entropy = {"entropy_weight": 0.05, "entropy_temperature": 1.0}
     configs = {
         "vqvae": tiny.vqvae_run(folder, STEPS, vqvae=gradient),
@@ -135,8 +136,8 @@ def test_bf16_stays_within_its_noise_of_float32(zero, plain, name, stage):
 
 
 # Relative; about ten times what was seen (printed by the tests, shown by `pytest -rP`).
-FLOAT32_TOLERANCE = {"vqvae": 1e-4, "vqvae_averages": 3e-3, "transformer": 1e-5}
-BF16_NOISE = {"vqvae": 0.3, "transformer": 0.02}
+FLOAT32_TOLERANCE = {"vqvae": 3e-5, "vqvae_averages": 3e-3, "transformer": 1e-5}
+BF16_NOISE = {"vqvae": 0.1, "transformer": 0.02}
 
 
 def test_an_unconditional_run_trains_on_a_cache_that_holds_text(runs):
