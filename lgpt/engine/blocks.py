@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 
 from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
-from lgpt.engine.memory import give_back_holes
+from lgpt.engine.memory import Holes
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.latent_gpt import LatentGPT
 from lgpt.models.vqvae import VQVAE
@@ -29,6 +29,8 @@ from lgpt.models.vqvae_blocks import Level, Middle
 from lgpt.settings.blocks import BlockSettings, VqvaeBlockSettings
 
 _log = get_logger(__name__)
+
+_holes = Holes()
 
 # Kept by `selective`: what is dear to compute. Norms, rotations, gates and copies are made again.
 _KEPT = frozenset(
@@ -92,7 +94,7 @@ def _recomputed(part: nn.Module) -> Callable[..., Any]:
 
     def call(x: torch.Tensor, *args: Any) -> Any:
         if x.device.type == "cpu":
-            give_back_holes()  # here nothing of other blocks is alive but what they kept
+            _holes.give_back()  # here nothing of other blocks is alive but what they kept
         with products():
             return part(x, *args)
 

@@ -31,8 +31,7 @@ def keep_freed_memory(device: torch.device) -> bool:
     The trim threshold is switched off, for the largest that mallopt takes is 2 GiB: with that one
     the float32 gradients of 512M parameters were given back and cleared anew in every step.
 
-    Who sets `MALLOC_MMAP_THRESHOLD_` has decided otherwise. What is kept has holes, see
-    `give_back_holes`.
+    Who sets `MALLOC_MMAP_THRESHOLD_` has decided otherwise. Checkpointed blocks give `Holes` back.
 
     Returns:
         True when it was switched on.
@@ -47,8 +46,7 @@ def keep_freed_memory(device: torch.device) -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
-_MOST_HOLES = 3 * 2**30
-
+_OFTEN = 3
 
 _MALLINFO2 = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks"]
 _MALLINFO2 += ["fordblks", "keepcost"]
@@ -60,29 +58,46 @@ class _Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
 
 
-def give_back_holes(most_bytes: int = _MOST_HOLES) -> bool:
-    """With glibc, give free memory between live tensors back once it is more than `most_bytes`.
+class Holes:
+    """With glibc: free memory between live tensors, which can be given back to the system.
 
     An aligned tensor seldom fits into the hole that an equal one left (glibc 2.36), so memory that
     is freed layer by layer grows in holes: a checkpointed step of 24 layers of width 1,024 on 8,192
     tokens had 18.4 GiB. With holes of 3 GiB at most it had 12.0 and took 1.03 times as long outside
-    of its products; with 2 GiB at most 12.0, and 1.4 times.
-
-    Returns:
-        True when they were given back.
+    of its products; with 2 GiB at most it had 12.0 too, and took 1.4 times as long.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    mallinfo2 = getattr(libc, "mallinfo2", None)
-    if mallinfo2 is None:  # glibc before 2.33, musl
-        return False
-    mallinfo2.restype = _Mallinfo2
-    used = mallinfo2()
-    if _anonymous_bytes() - used.uordblks - used.hblkhd <= most_bytes:
-        return False
-    libc.malloc_trim(0)
-    return True
+
+    def __init__(self, most_bytes: int = 3 * 2**30) -> None:
+        self._most_bytes = most_bytes
+        self._in_a_row = 0
+        libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+        self._mallinfo2 = getattr(libc, "mallinfo2", None)  # not in musl, nor before glibc 2.33
+        self._trim = getattr(libc, "malloc_trim", None)
+        if self._mallinfo2 is not None:
+            self._mallinfo2.restype = _Mallinfo2
+
+    def give_back(self) -> bool:
+        """Give them back when they are more than the most that may be.
+
+        What comes back at once is no hole but what a layer needs, or another library's: after three
+        times in a row twice as much may be.
+
+        Returns:
+            True when the system was given something.
+        """
+        if self._mallinfo2 is None or self._trim is None:
+            return False
+        if _anonymous_bytes() <= self._most_bytes or self._bytes() <= self._most_bytes:
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        if self._in_a_row == _OFTEN:
+            self._in_a_row, self._most_bytes = 0, 2 * self._most_bytes
+        return bool(self._trim(0))
+
+    def _bytes(self) -> int:
+        used = self._mallinfo2()  # type: ignore[misc]
+        return _anonymous_bytes() - int(used.uordblks) - int(used.hblkhd)
 
 
 def _anonymous_bytes() -> int:

@@ -66,6 +66,7 @@ class ForkedRanks:
                 **os.environ,
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": "1",
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of threads before the fork
                 "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             },
         )

@@ -128,7 +128,7 @@ def test_holes_are_looked_for_before_each_block_forward_and_backward(
     checkpointed_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[None] = []
-    monkeypatch.setattr("lgpt.engine.blocks.give_back_holes", lambda: looks.append(None))
+    monkeypatch.setattr("lgpt.engine.blocks._holes.give_back", lambda: looks.append(None))
     gradients({"checkpointing": "full", "checkpointed_by": checkpointed_by})
     assert len(looks) == 2 * CONFIG.layers
     gradients({})
