@@ -63,8 +63,8 @@ class Holes:
 
     An aligned tensor seldom fits into the hole that an equal one left (glibc 2.36), so memory that
     is freed layer by layer grows in holes: a checkpointed step of 24 layers of width 1,024 on 8,192
-    tokens had 18.4 GiB. With holes of 3 GiB at most it had 12.0 and took 1.03 times as long outside
-    of its products; with 2 GiB at most it had 12.0 too, and took 1.4 times as long.
+    tokens had 18.4 GiB. With holes of 3 GiB at most it had 12.0 to 12.5 and took 1.03 times as long
+    outside of its products; with 2 GiB at most it had 12.0 too, and took 1.4 times as long.
     """
 
     def __init__(self, most_bytes: int = 3 * 2**30) -> None:
