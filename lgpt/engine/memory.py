@@ -6,6 +6,8 @@ import ctypes
 import os
 import resource
 import sys
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 
@@ -16,6 +18,22 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> Optional[tuple[int, int]]:
+    """Of this process now, and those of them that are not pages of files; None but on Linux."""
+    try:
+        fields = Path("/proc/self/statm").read_text().split()
+    except OSError:
+        return None
+    page = resource.getpagesize()
+    return int(fields[1]) * page, (int(fields[1]) - int(fields[2])) * page
+
+
+def _of_malloc(name: str) -> Any:
+    """A function of this process's C library; None where it has none of that name."""
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return getattr(libc, name, None)
 
 
 # mallopt's parameters, from glibc's malloc.h.
@@ -36,11 +54,9 @@ def keep_freed_memory(device: torch.device) -> bool:
     Returns:
         True when it was switched on.
     """
-    if device.type != "cpu" or not sys.platform.startswith("linux"):
+    if device.type != "cpu" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_malloc("mallopt")
     if mallopt is None:  # musl has none
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
@@ -70,9 +86,8 @@ class Holes:
     def __init__(self, most_bytes: int = 3 * 2**30) -> None:
         self._most_bytes = most_bytes
         self._in_a_row = 0
-        libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-        self._mallinfo2 = getattr(libc, "mallinfo2", None)  # not in musl, nor before glibc 2.33
-        self._trim = getattr(libc, "malloc_trim", None)
+        self._mallinfo2 = _of_malloc("mallinfo2")  # not in musl, nor before glibc 2.33
+        self._trim = _of_malloc("malloc_trim")
         if self._mallinfo2 is not None:
             self._mallinfo2.restype = _Mallinfo2
 
@@ -85,9 +100,10 @@ class Holes:
         Returns:
             True when the system was given something.
         """
-        if self._mallinfo2 is None or self._trim is None:
+        if self._mallinfo2 is None:
             return False
-        if _anonymous_bytes() <= self._most_bytes or self._bytes() <= self._most_bytes:
+        resident = resident_bytes()
+        if resident is None or not self._are_too_many(resident[1]):
             self._in_a_row = 0
             return False
         self._in_a_row += 1
@@ -95,13 +111,8 @@ class Holes:
             self._in_a_row, self._most_bytes = 0, 2 * self._most_bytes
         return bool(self._trim(0))
 
-    def _bytes(self) -> int:
-        used = self._mallinfo2()  # type: ignore[misc]
-        return _anonymous_bytes() - int(used.uordblks) - int(used.hblkhd)
-
-
-def _anonymous_bytes() -> int:
-    """Resident memory of this process that is no file's."""
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        _, resident, shared = statm.read().split()[:3]
-    return (int(resident) - int(shared)) * resource.getpagesize()
+    def _are_too_many(self, own_bytes: int) -> bool:
+        if own_bytes <= self._most_bytes:  # without a walk through the heap
+            return False
+        used = self._mallinfo2()
+        return own_bytes - int(used.uordblks) - int(used.hblkhd) > self._most_bytes

@@ -7,10 +7,8 @@ what training waits for.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -18,6 +16,7 @@ from rich.table import Table
 
 from lgpt.core.errors import SettingsError
 from lgpt.data.latent_cache import LatentCache
+from lgpt.engine.memory import resident_bytes
 from lgpt.settings.phases import TransformerRun
 from lgpt.training.latent_batches import TrainingLatents
 
@@ -51,12 +50,12 @@ def bench_loader(run: TransformerRun, *, batches: int, rounds: int) -> dict[str,
         )
     batch_images = run.batch.micro_batch_images
     has_text = run.conditioning == "text_conditional"
-    before = _resident()
+    before = resident_bytes()
     started_at = time.perf_counter()
     cache = LatentCache.open(run.latent_cache / "train", with_text=has_text)
     latents = TrainingLatents(cache, run.seed, run.transformer.cond_drop)
     open_seconds = time.perf_counter() - started_at
-    opened = _resident()
+    opened = resident_bytes()
     first_seconds, seconds, words = 0.0, [], 0
     for number in range(rounds):
         started_at = time.perf_counter()
@@ -67,7 +66,7 @@ def bench_loader(run: TransformerRun, *, batches: int, rounds: int) -> dict[str,
                 first_seconds = time.perf_counter() - started_at
             words += 0 if batch.text_mask is None else int(batch.text_mask.sum())
         seconds.append(time.perf_counter() - started_at)
-    read = _resident()
+    read = resident_bytes()
     batches_per_second = batches / statistics.median(seconds)
     tokens = cache.grid[0] * cache.grid[1]
     return {
@@ -120,16 +119,6 @@ def loader_table(result: dict[str, Any]) -> Table:
 
 def _mib(count: Optional[int]) -> str:
     return "unknown" if count is None else f"{count / _MIB:+,.1f} MiB"
-
-
-def _resident() -> Optional[tuple[int, int]]:
-    """Resident bytes of this process, and those of them that are not pages of files."""
-    try:
-        fields = Path("/proc/self/statm").read_text().split()
-    except OSError:
-        return None
-    page = os.sysconf("SC_PAGE_SIZE")
-    return int(fields[1]) * page, (int(fields[1]) - int(fields[2])) * page
 
 
 def _growth(

@@ -46,20 +46,20 @@ def test_more_than_2_gib_stay_too() -> None:
 
 def _faults(mode: str, *mebi_floats: str) -> int:
     """Pages that the system had to clear in a later step."""
-    command = [sys.executable, "-c", _FAULTS_OF_LATER_STEPS, mode, *mebi_floats]
-    return int(subprocess.run(command, capture_output=True, check=True, timeout=300).stdout)
+    (faults,) = _lines_of(_FAULTS_OF_LATER_STEPS, mode, *mebi_floats)
+    return int(faults)
 
 
 _HOLES_BETWEEN_TENSORS = """
 import torch
-from lgpt.engine.memory import Holes, _anonymous_bytes, keep_freed_memory
+from lgpt.engine.memory import Holes, keep_freed_memory, resident_bytes
 assert keep_freed_memory(torch.device("cpu"))
 layers = [(torch.ones(4 << 20), torch.ones(4 << 10)) for _ in range(40)]
 kept = [small for _, small in layers]
 del layers
-before = _anonymous_bytes()
+_, before = resident_bytes()
 print(*(Holes(most << 20).give_back() for most in (1000, 400, 400)))
-print(before - _anonymous_bytes() >> 20, *{float(small.sum()) for small in kept})
+print(before - resident_bytes()[1] >> 20, *{float(small.sum()) for small in kept})
 """
 _NO_HOLES = """
 import mmap
@@ -92,8 +92,8 @@ def test_what_stays_is_not_tried_again_and_again() -> None:
     assert _lines_of(_NO_HOLES) == ["[True, True, True, False, False, False] 3"]
 
 
-def _lines_of(program: str) -> list[str]:
-    command = [sys.executable, "-c", program]
+def _lines_of(program: str, *words: str) -> list[str]:
+    command = [sys.executable, "-c", program, *words]
     done = subprocess.run(command, capture_output=True, check=True, timeout=300, text=True)
     return done.stdout.splitlines()
 
