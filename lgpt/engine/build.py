@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,13 @@ from torch import nn
 from lgpt.core.distributed import rank
 from lgpt.engine.first_weights import make_first_weights
 from lgpt.engine.memory import keep_freed_memory
+from lgpt.engine.row_norms import take_norms_by_rows
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.codebook import Codebook
 from lgpt.settings.training import OptimizerSettings
 
 # Decay would pull the codes of a VQ-VAE away from the latents that they stand for.
 _NOT_DECAYED_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, Codebook)
-
-_ROW = 4096  # as many float32 squares as can be added up without losing digits
 
 _NOT_HYPERPARAMETERS = ("params", "lr", "initial_lr")
 
@@ -90,46 +89,9 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw, config=config, dist_init_required=False
     )
-    _take_norms_by_rows(engine.optimizer, engine.device)
+    take_norms_by_rows(engine.optimizer, engine.device)
     _keep_memory_from_the_first_step_on(adamw, engine.device)
     return engine
-
-
-def _take_norms_by_rows(optimizer: Any, device: Any) -> None:
-    """On a CPU, give DeepSpeed's gradient norm the norms of rows instead of the gradients.
-
-    For the sum of squares it makes a float64 copy of every gradient (0.19.8, ZeRO-2 and 3), which
-    took 15 times as long. The norm of the rows' norms is the same number to 2e-6 or better; that
-    of a whole float32 gradient would be wrong by 3e-4. Where a row's squares are too large for
-    float32, DeepSpeed's own way decides.
-    """
-    of_gradients = getattr(optimizer, "get_grad_norm_direct", None)
-    if of_gradients is None or device.type != "cpu":  # ZeRO-1 in bf16 has another optimizer
-        return
-
-    def by_rows(gradients: Sequence[torch.Tensor], params: Any, norm_type: float = 2) -> Any:
-        if norm_type != 2:
-            return of_gradients(gradients, params, norm_type)
-        # DeepSpeed leaves out padding by an attribute of the tensor.
-        rows = [
-            gradient if getattr(gradient, "_zero_padding", False) else norms_of_rows(gradient)
-            for gradient in gradients
-        ]
-        norm = of_gradients(rows, params, norm_type)
-        # -1 stands for a norm that is not finite, on all ranks.
-        return of_gradients(gradients, params, norm_type) if float(norm) < 0 else norm
-
-    optimizer.get_grad_norm_direct = by_rows
-
-
-def norms_of_rows(gradient: torch.Tensor) -> torch.Tensor:
-    """Float32 norms of 4,096 neighbours each, the last of what is left: [n / 4096, rounded up]."""
-    flat = gradient.detach().flatten()
-    whole = flat.numel() // _ROW * _ROW
-    parts = [flat[:whole].view(-1, _ROW)]
-    if whole < flat.numel():
-        parts.append(flat[whole:].view(1, -1))
-    return torch.cat([torch.linalg.vector_norm(p, dim=1, dtype=torch.float32) for p in parts])
 
 
 def _keep_memory_from_the_first_step_on(optimizer: torch.optim.Optimizer, device: Any) -> None:
