@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lgpt.core.distributed import rank
+from lgpt.core.distributed import rank, world_size
 from lgpt.engine.first_weights import make_first_weights
 from lgpt.engine.memory import keep_freed_memory
 from lgpt.engine.row_norms import take_norms_by_rows
@@ -71,6 +71,9 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     if Float32Products.is_on:
         # DeepSpeed's own linear function multiplies in bf16 in its backward (seen: 2 s a step).
         config["zero_optimization"]["memory_efficient_linear"] = False
+    if world_size() == 1 and config["zero_optimization"]["stage"] < 3:
+        # Nobody to scatter to, yet DeepSpeed copies each bucket for it, and back (0.19.8).
+        config["zero_optimization"]["reduce_scatter"] = False
     if any(parameter.is_meta for parameter in model.parameters()):
         make_first_weights(model, config)
     groups = parameter_groups(model, optimizer.weight_decay)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 from lgpt.engine.build import parameter_groups
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 
@@ -29,3 +34,18 @@ def test_kernels_are_decayed_and_codes_norms_and_biases_are_not():
     assert all("norm" in name or name.endswith("bias") for name in others)
     assert {parameter.ndim for parameter in decayed["params"]} == {4}
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_a_rank_alone_does_not_scatter_gradients_and_computes_the_same():
+    worker = Path(__file__).with_name("one_rank_worker.py")
+    command = [sys.executable, str(worker)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert set(results) == {"fp32 1", "fp32 2", "bf16 2"}
+    for seen in results.values():
+        assert seen["scatters"] == [False, True]
+        assert len(seen["equal"]) > 20
+        assert all(seen["equal"])
+        assert len(set(seen["norms"])) == 3
+        assert min(seen["norms"]) > 0.1  # they are clipped

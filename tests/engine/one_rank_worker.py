@@ -1,0 +1,69 @@
+"""Run as one rank: steps of an engine that scatters gradients and of one that does not, as JSON.
+
+Not a test module: test_build.py starts it and reads the last line that it prints.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+import lgpt.engine.build as build
+from lgpt.core.distributed import leave_process_group
+from lgpt.engine.start import afford_bf16, start_process_group
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.settings.training import OptimizerSettings
+
+STEPS, ACCUMULATION = 3, 2
+ONLY_RANK = build.world_size
+
+
+def run_steps(precision: str, stage: int, has_others: bool) -> tuple[bool, list[torch.Tensor]]:
+    """Whether it scatters, and the norm after each of three steps, then the weights."""
+    build.world_size = (lambda: 2) if has_others else ONLY_RANK
+    ds_config: dict[str, Any] = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 0.1,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
+    }
+    if precision == "bf16":
+        ds_config["bf16"] = {"enabled": True}
+        ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
+    torch.manual_seed(0)
+    model = LatentGPT(LatentGPTConfig(32, 3, 3, None, layers=2, hidden=32, heads=2))
+    engine = build.build_engine(model, OptimizerSettings(learning_rate=1e-2), ds_config)
+    seen = []
+    for micro_step in range(1, STEPS * ACCUMULATION + 1):
+        tokens = torch.randint(32, (2, 9))
+        engine.backward(engine(tokens, targets=tokens))
+        engine.step()
+        if micro_step % ACCUMULATION == 0:
+            seen.append(torch.tensor(build.gradient_norm(engine)))
+    seen += [parameter.detach().clone() for parameter in model.parameters()]
+    scatters = engine.optimizer.reduce_scatter
+    engine.destroy()
+    return scatters, seen
+
+
+def main() -> None:
+    start_process_group()
+    afford_bf16(torch.device("cpu"))
+    results = {}
+    for precision, stage in (("fp32", 1), ("fp32", 2), ("bf16", 2)):
+        alone, got = run_steps(precision, stage, has_others=False)
+        among_others, expected = run_steps(precision, stage, has_others=True)
+        results[f"{precision} {stage}"] = {
+            "scatters": [alone, among_others],
+            "equal": [torch.equal(one, other) for one, other in zip(got, expected)],
+            "norms": [float(norm) for norm in got[:STEPS]],
+        }
+    leave_process_group()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
