@@ -18,6 +18,7 @@ from torch.nn import functional
 from lgpt.core.errors import SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.models.kv_cache import ImageCache
+from lgpt.models.rms_norm import RMSNorm
 
 _logger = get_logger(__name__)
 
@@ -32,7 +33,7 @@ class ResidualLinear(nn.Linear):
 def build_norm(kind: str, width: int) -> nn.Module:
     """RMSNorm or LayerNorm over the last axis."""
     assert kind in ("rmsnorm", "layernorm"), kind
-    return nn.RMSNorm(width, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(width)
+    return RMSNorm(width, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(width)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch.nn import functional
 from lgpt.models.attention import CrossAttention, ResidualLinear, SelfAttention, build_norm
 from lgpt.models.dropout import Dropout
 from lgpt.models.kv_cache import BlockCache
+from lgpt.models.swiglu import swiglu
 
 if TYPE_CHECKING:
     from lgpt.models.latent_gpt import LatentGPTConfig
@@ -31,8 +32,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_gated:
             return self.down(functional.gelu(self.up(x)))
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * value)
+        return self.down(swiglu(self.up(x)))
 
 
 class Block(nn.Module):
