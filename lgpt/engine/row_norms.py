@@ -19,8 +19,8 @@ def take_norms_by_rows(optimizer: Any, device: Any) -> None:
     of a whole float32 gradient would be wrong by 3e-4. Where a row's squares are too large for
     float32, DeepSpeed's own way decides.
 
-    ZeRO-2 looks for what is not finite first: norms of rows answer that too, and are kept for the
-    norm.
+    In bf16 ZeRO-2 looks for what is not finite first: norms of rows answer that too, and are kept
+    for the norm.
     """
     of_gradients = getattr(optimizer, "get_grad_norm_direct", None)
     if of_gradients is None or device.type != "cpu":  # ZeRO-1 in bf16 has another optimizer

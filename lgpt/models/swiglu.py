@@ -13,7 +13,7 @@ from torch.nn import functional
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * value of the two halves of the last axis.
 
-    For the backward pass x is kept, and silu(gate), a third as much again, computed once more;
+    For the backward pass x is kept, and silu(gate), half as much again, computed once more;
     under torch.compile, which decides about that itself, it is written out plainly. Source:
     Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6.
 

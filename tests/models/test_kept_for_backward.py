@@ -18,11 +18,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPE = (2, 3, 5, 64)
 
 
-def _norms(dtype: torch.dtype) -> tuple[RMSNorm, nn.RMSNorm]:
+def _norms(dtype: torch.dtype, device: str = "cpu") -> tuple[RMSNorm, nn.RMSNorm]:
+    """Ours in `dtype`, and PyTorch's in float32 with the same weight."""
     ours, plain = RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
-    nn.init.uniform_(plain.weight, 0.5, 2.0)
-    ours.load_state_dict(plain.state_dict())
-    return ours.to(dtype), plain.to(dtype)
+    nn.init.uniform_(ours.weight, 0.5, 2.0)
+    ours.to(dtype)
+    plain.load_state_dict(ours.state_dict())
+    return ours.to(device), plain.to(device)
 
 
 def _plain_swiglu(x: Tensor) -> Tensor:
@@ -49,21 +51,29 @@ def _bytes_kept(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_is_pytorchs_and_its_gradients_are(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [SHAPE, (64,), (0, 64)])
+def test_rms_norm_is_pytorchs_in_float32_rounded_once(dtype, device, shape, monkeypatch) -> None:
+    monkeypatch.setattr(rms_norm, "_HAS_KERNEL", False)
     torch.manual_seed(0)
-    ours, plain = _norms(dtype)
-    x, gradient = _input(dtype), torch.randn(SHAPE).to(dtype)
-    got, expected = ours(x), plain(x)
-    assert torch.equal(got, expected)
+    ours, plain = _norms(dtype, device)
+    x = (3 * torch.randn(shape)).to(device, dtype).requires_grad_()
+    wide_x = x.detach().to(torch.float32, copy=True).requires_grad_()
+    gradient = torch.randn(shape).to(device, dtype)
+    got, expected = ours(x), plain(wide_x)
     with torch.no_grad():
-        assert torch.equal(ours(x), expected)
-    (got_x, got_weight) = torch.autograd.grad(got, (x, ours.weight), gradient)
-    (of_x, of_weight) = torch.autograd.grad(expected, (x, plain.weight), gradient)
-    assert (got_x.dtype, got_weight.dtype) == (dtype, dtype)
+        assert torch.equal(ours(x), got)
+    with torch.inference_mode():
+        assert torch.equal(ours(x), got)
+    if device == "cpu":
+        assert torch.equal(got, expected.to(dtype))
+    of_ours = torch.autograd.grad(got, (x, ours.weight), gradient)
+    of_plain = torch.autograd.grad(expected, (wide_x, plain.weight), gradient.float())
     relative = 1e-5 if dtype == torch.float32 else 2**-7  # one step of bf16
-    torch.testing.assert_close(got_x, of_x, rtol=relative, atol=1e-6)
-    torch.testing.assert_close(got_weight, of_weight, rtol=relative, atol=1e-4)
+    for mine, reference in zip((got, *of_ours), (expected, *of_plain)):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.float(), reference, rtol=relative, atol=1e-5)
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
@@ -95,7 +105,8 @@ def test_the_input_is_kept_and_little_else() -> None:
     ours, plain = _norms(torch.bfloat16)
     x = _input(torch.bfloat16)
     assert _bytes_kept(ours, x) == 2 * x.numel() + 4 * x.numel() // 64
-    assert _bytes_kept(plain, x) >= 8 * x.numel(), "PyTorch keeps less now: ours has no use"
+    of_pytorch = _bytes_kept(plain.bfloat16(), x)  # 6 bytes in torch 2.6, 8 in 2.13
+    assert of_pytorch >= 6 * x.numel(), "PyTorch keeps less now: ours has no use"
     assert _bytes_kept(swiglu, x) == 2 * x.numel()
     assert _bytes_kept(_plain_swiglu, x) == 3 * x.numel()
 
@@ -106,21 +117,3 @@ def test_a_compiled_block_has_no_break_at_it(of: str) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     x = _input(torch.float32)
     torch.testing.assert_close(compiled(x), function(x))
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_rms_norm_without_pytorchs_kernel_is_near_the_one_in_float32(device, monkeypatch) -> None:
-    monkeypatch.setattr(rms_norm, "_HAS_KERNEL", False)
-    torch.manual_seed(0)
-    ours, _ = _norms(torch.bfloat16)
-    _, exact = _norms(torch.float32)
-    exact.load_state_dict(ours.state_dict())
-    x, gradient = (3 * torch.randn(SHAPE)).bfloat16(), torch.randn(SHAPE).bfloat16()
-    results = []
-    for norm, dtype in ((ours, torch.bfloat16), (exact, torch.float32)):
-        given = x.to(device, dtype, copy=True).requires_grad_()
-        normed = norm.to(device)(given)
-        normed.backward(gradient.to(device, dtype))
-        results.append([normed, given.grad, norm.weight.grad])
-    for got, expected in zip(*results):
-        torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=1e-3)
