@@ -94,8 +94,26 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
         model=model, optimizer=adamw, config=config, dist_init_required=False
     )
     take_norms_by_rows(engine.optimizer, engine.device)
+    _forget_sums_of_skipped_steps(engine.optimizer)
     _keep_memory_from_the_first_step_on(adamw, engine.device)
     return engine
+
+
+def _forget_sums_of_skipped_steps(optimizer: Any) -> None:
+    """With the optimizer of ZeRO-1 or 2 on the CPU, start a step's sums anew after a skipped one.
+
+    DeepSpeed (0.19.8) keeps bf16 gradients' float32 sums when it skips a step for a gradient that
+    is not finite, and adds the next ones to them, so that every later step is skipped as well.
+    """
+    if not getattr(optimizer, "cpu_offload", False) or not hasattr(optimizer, "reset_cpu_buffers"):
+        return
+    reset = optimizer.reset_cpu_buffers  # at the end of every step, skipped or not
+
+    def reset_sums_too() -> None:
+        reset()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    optimizer.reset_cpu_buffers = reset_sums_too
 
 
 def _keep_memory_from_the_first_step_on(optimizer: torch.optim.Optimizer, device: Any) -> None:

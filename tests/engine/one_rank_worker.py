@@ -1,4 +1,4 @@
-"""Run as one rank: steps of an engine that scatters gradients and of one that does not, as JSON.
+"""Run as one rank: steps with and without scattering, and after a broken one, as JSON.
 
 Not a test module: test_build.py starts it and reads the last line that it prints.
 """
@@ -49,6 +49,29 @@ def run_steps(precision: str, stage: int, has_others: bool) -> tuple[bool, list[
     return scatters, seen
 
 
+def steps_after_a_broken_one(stage: int) -> dict[str, Any]:
+    """Four steps in bf16 with the optimizer on the CPU, of which the second has no finite loss."""
+    ds_config: dict[str, Any] = {
+        "train_batch_size": 2,
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    torch.manual_seed(0)
+    model = LatentGPT(LatentGPTConfig(32, 3, 3, None, layers=1, hidden=32, heads=2, dropout=0.0))
+    engine = build.build_engine(model, OptimizerSettings(learning_rate=1e-3), ds_config)
+    tokens = torch.randint(32, (2, 9))
+    seen = []
+    for factor in (1.0, float("inf"), 1.0, 1.0):
+        loss = engine(tokens, targets=tokens) * factor
+        engine.backward(loss)
+        engine.step()
+        seen.append((float(loss), bool(engine.optimizer.overflow)))
+    engine.destroy()
+    return {"losses": [loss for loss, _ in seen], "skipped": [skipped for _, skipped in seen]}
+
+
 def main() -> None:
     start_process_group()
     afford_bf16(torch.device("cpu"))
@@ -61,8 +84,9 @@ def main() -> None:
             "equal": [torch.equal(one, other) for one, other in zip(got, expected)],
             "norms": [float(norm) for norm in got[:STEPS]],
         }
+    broken = {stage: steps_after_a_broken_one(stage) for stage in (1, 2, 3)}
     leave_process_group()
-    print(json.dumps(results))
+    print(json.dumps({"scattering": results, "broken": broken}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from lgpt.engine.build import parameter_groups
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
@@ -36,12 +39,18 @@ def test_kernels_are_decayed_and_codes_norms_and_biases_are_not():
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
-def test_a_rank_alone_does_not_scatter_gradients_and_computes_the_same():
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Any]:
     worker = Path(__file__).with_name("one_rank_worker.py")
     command = [sys.executable, str(worker)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+def test_a_rank_alone_does_not_scatter_gradients_and_computes_the_same(one_rank):
+    results = one_rank["scattering"]
     assert set(results) == {"fp32 1", "fp32 2", "bf16 2"}
     for seen in results.values():
         assert seen["scatters"] == [False, True]
@@ -49,3 +58,11 @@ def test_a_rank_alone_does_not_scatter_gradients_and_computes_the_same():
         assert all(seen["equal"])
         assert len(set(seen["norms"])) == 3
         assert min(seen["norms"]) > 0.1  # they are clipped
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_only_a_broken_step_is_skipped_with_the_optimizer_on_the_cpu(one_rank, stage):
+    seen = one_rank["broken"][stage]
+    assert seen["skipped"] == [False, True, False, False]
+    first, _, second, third = seen["losses"]
+    assert third < second < first
