@@ -105,7 +105,7 @@ def _forget_sums_of_skipped_steps(optimizer: Any) -> None:
     DeepSpeed (0.19.8) keeps bf16 gradients' float32 sums when it skips a step for a gradient that
     is not finite, and adds the next ones to them, so that every later step is skipped as well.
     """
-    if not getattr(optimizer, "cpu_offload", False) or not hasattr(optimizer, "reset_cpu_buffers"):
+    if not getattr(optimizer, "cpu_offload", False):
         return
     reset = optimizer.reset_cpu_buffers  # at the end of every step, skipped or not
 

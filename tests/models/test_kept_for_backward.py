@@ -38,17 +38,16 @@ def _input(dtype: torch.dtype) -> Tensor:
 
 def _bytes_kept(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """For the backward pass, without parameters."""
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}  # held, so that no storage is used twice
 
     def note(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    held: list[Any] = []  # so that no storage is used twice
-    with saved_tensors_hooks(lambda t: (held.append(t), note(t))[1], lambda t: t):
-        held.append(function(x))
-    return sum(kept.values())
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        function(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
