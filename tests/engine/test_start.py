@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as functional
 
+from lgpt.engine import start
 from lgpt.engine.start import Float32Products
 
 
@@ -108,3 +111,27 @@ print(mlflow is sys.modules["mlflow"])
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert done.stdout.splitlines()[-3:] == ["[]", "mlflow", "True"], done.stderr[-3000:]
+
+
+def test_what_a_cpu_has_instructions_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement that noise spoilt would cost the whole run its bf16 products."""
+    spoilt = {torch.bfloat16: 1.0, torch.float32: 1e-3}
+    monkeypatch.setattr(start, "_seconds_of_a_product", spoilt.__getitem__)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert start._slowdown_of_bf16() == 1000
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, name, lambda: True)
+            assert start._slowdown_of_bf16() == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cpu, "_is_avx512_bf16_supported"), reason="this PyTorch does not tell"
+)
+def test_the_instructions_are_those_that_the_kernel_names() -> None:
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or platform.machine() != "x86_64":
+        pytest.skip("no x86 Linux")
+    flags = set(cpu.read_text().split())
+    assert start._has_bf16_instructions() == bool(flags & {"avx512_bf16", "amx_tile"})
