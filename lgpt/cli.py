@@ -171,7 +171,11 @@ def sample(
     preview: Optional[Path] = typer.Option(
         None, help="a PNG, written anew after every quarter of the rows"
     ),
-    dtype: str = typer.Option("auto", help="of the weights: auto (the fastest here), bf16 or fp32"),
+    dtype: str = typer.Option(
+        "auto",
+        help="of the weights: auto (bf16 where it is fast, else fp32), bf16, fp32, or int8, which "
+        "CPUs draw faster with and which changes pictures (`lgpt bench dtypes` shows how)",
+    ),
 ) -> None:
     """Draw pictures from prompts."""
     from lgpt.sampling.draw_to_file import Choices, draw_to_file, prompts_from

@@ -130,6 +130,7 @@ def bench_sample_command(
     peers: bool = typer.Option(
         True, help="also LlamaGen's sampler and transformers' GPT2, at equal parameters"
     ),
+    int8: bool = typer.Option(False, "--int8", help="also ours with 8-bit weights (CPU)"),
     as_json: bool = JSON,
 ) -> None:
     """Measure drawing with guidance: tokens a second, beside two others and the memory bound."""
@@ -137,9 +138,28 @@ def bench_sample_command(
     from lgpt.sampling.bench_sample import bench_sample, sample_table
 
     result = bench_sample(
-        run, batches=batch, rounds=rounds, tokens=tokens, words=words, peers=peers
+        run, batches=batch, rounds=rounds, tokens=tokens, words=words, peers=peers, int8=int8
     )
     print_table(sample_table(result), result, as_json)
+
+
+@bench_app.command("dtypes")
+def bench_dtypes_command(
+    model: Path = typer.Argument(..., help="a model folder written by `lgpt convert`"),
+    prompt: Optional[list[str]] = typer.Option(None, help="a prompt; may be given several times"),
+    prompts_file: Optional[Path] = typer.Option(None, help="a text file, one prompt a line"),
+    guidance: Optional[float] = typer.Option(None, help="guidance scale; default: the model's"),
+    out: Path = typer.Option(Path("dtypes.png"), help="PNG of the pictures side by side"),
+    as_json: bool = JSON,
+) -> None:
+    """Draw a model's pictures with fp32, bf16 and int8 weights: speed, and tokens changed."""
+    from lgpt.sampling.bench_dtypes import bench_dtypes, dtypes_table
+    from lgpt.sampling.draw_to_file import prompts_from
+
+    is_asked = bool(prompt) or prompts_file is not None
+    prompts = prompts_from(prompt or [], prompts_file, 0) if is_asked else []
+    result = bench_dtypes(model, prompts, out, guidance)
+    print_table(dtypes_table(result), result, as_json)
 
 
 @bench_app.command("vqvae")

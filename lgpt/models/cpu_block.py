@@ -1,8 +1,8 @@
 """LatentGPT's blocks for drawing on a CPU: a block's whole step in one call of `cpu_decoding.cpp`.
 
-The matrices lie in the library's order, in bf16 or float32 as the model was, and the kept keys and
-values are so too; everything else is float32. Without a cache the model still computes in PyTorch,
-on the same matrices.
+The matrices lie in the library's order, in bf16 or float32 as the model was, or in 8 bits; the kept
+keys and values are float32 beside float32 matrices, else bf16; everything else is float32. Without
+a cache the model still computes in PyTorch, on the same matrices.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from lgpt.models import cpu_library as native
 from lgpt.models.attention import Rotation
 from lgpt.models.block import Block
+from lgpt.models.int8_weights import to_int8
 from lgpt.models.kv_cache import BlockCache
 from lgpt.models.latent_gpt import LatentGPT
 from lgpt.models.packed_linear import pack_linear_layers
 from lgpt.models.token_head import TokenHead
 
 
-def pack_for_decoding(model: LatentGPT) -> bool:
+def pack_for_decoding(model: LatentGPT, *, int8: bool = False) -> bool:
     """Lay a model on a CPU out for drawing, in place; afterwards it can only draw and be saved.
 
     With a C++ compiler through `cpu_decoding.cpp`, whose bf16 needs no bf16 units; else through
@@ -30,21 +31,23 @@ def pack_for_decoding(model: LatentGPT) -> bool:
 
     Args:
         model: LatentGPT in float32 or bf16, on the CPU.
+        int8: Round the matrices to 8 bits (`to_int8`), for which the library is needed. What the
+            model then saves are the rounded matrices, in the dtype that they had.
 
     Returns:
         False, and nothing done, where neither can be had.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, TokenHead))]
     dtype = layers[0].weight.dtype
-    library = native.cpu_library() if all(_fits(layer) for layer in layers) else None
+    library = native.cpu_library() if all(_fits(layer, int8) for layer in layers) else None
     if library is None:
-        return pack_linear_layers(model)
+        return not int8 and pack_linear_layers(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, (nn.Linear, TokenHead)):
-                setattr(module, name, CpuLinear(child, library))
+                setattr(module, name, CpuLinear(child, library, int8=int8))
     model.float()  # norms and embeddings; the matrices are no parameters any more
-    model.cache_dtype = dtype
+    model.cache_dtype = torch.bfloat16 if int8 else dtype
     for module in model.modules():
         if isinstance(module, Block):
             module.cached_step = _CachedStep(module, library)
@@ -56,38 +59,44 @@ def pack_for_decoding(model: LatentGPT) -> bool:
     return True
 
 
-def _fits(layer: Union[nn.Linear, TokenHead]) -> bool:
+def _fits(layer: Union[nn.Linear, TokenHead], int8: bool) -> bool:
     assert getattr(layer, "bias", None) is None, "no layer of LatentGPT has a bias"
     weight = layer.weight
-    if weight.dtype == torch.bfloat16:
+    if int8 or weight.dtype == torch.bfloat16:
         return weight.shape[1] % 2 == 0
     return weight.dtype == torch.float32
 
 
 class CpuLinear(nn.Module):
-    """`x W^T` by the library: float32 in and out, W as it was."""
+    """`x W^T` by the library: float32 in and out, W as it was or in 8 bits."""
 
-    def __init__(self, layer: Union[nn.Linear, TokenHead], library: ctypes.CDLL) -> None:
+    def __init__(
+        self, layer: Union[nn.Linear, TokenHead], library: ctypes.CDLL, *, int8: bool = False
+    ) -> None:
         super().__init__()
         self._library = library
         self.outputs, self.inputs = layer.weight.shape
-        self.tiles: Tensor = native.in_tiles(layer.weight)
+        weight, self.scales = to_int8(layer.weight) if int8 else (layer.weight, None)
+        self.tiles: Tensor = native.in_tiles(weight)
 
     def forward(self, x: Tensor, targets: None = None) -> Tensor:
         """[.., inputs] to [.., outputs]. There is no loss: `targets` stands where the head's do."""
         assert targets is None, "a packed model computes no loss"
         rows = x.reshape(-1, self.inputs).contiguous()
-        y = native.times_tiles(self._library, self.tiles, self.outputs, rows)
+        y = native.times_tiles(self._library, self.tiles, self.outputs, rows, self.scales)
         return y.view(*x.shape[:-1], self.outputs)
 
     @property
     def matrix(self) -> native.Matrix:
         """As the library wants it."""
-        return native.Matrix(self.tiles.data_ptr(), self.outputs, self.inputs)
+        return native.matrix(self.tiles, self.outputs, self.inputs, self.scales)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The plain matrix under its old name, so that a packed model is saved whole."""
-        destination[prefix + "weight"] = native.out_of_tiles(self.tiles, self.outputs)
+        weight = native.out_of_tiles(self.tiles, self.outputs)
+        destination[prefix + "weight"] = (
+            weight if self.scales is None else weight * self.scales[:, None]
+        )
 
 
 class _CachedStep:
@@ -96,13 +105,15 @@ class _CachedStep:
     def __init__(self, block: Block, library: ctypes.CDLL) -> None:
         attention, cross, mlp = block.self_attention, block.cross_attention, block.mlp
         self._library, self._keys_values = library, cross.keys_values
-        self._dtype = attention.qkv.tiles.dtype
+        dtype = attention.qkv.tiles.dtype
+        self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         matrices = (attention.qkv, attention.out, cross.q, cross.out, mlp.up, mlp.down)
         norms = (block.self_norm, attention.q_norm, attention.k_norm)
         norms += (block.cross_norm, cross.q_norm, block.mlp_norm)
         # Their addresses are kept, so the tensors must be, whatever is put in their place later.
         self._tensors = [matrix.tiles for matrix in matrices]
         self._weights = sum(tiles.numel() for tiles in self._tensors)
+        self._tensors += [m.scales for m in matrices if m.scales is not None]
         self._tensors += [p.data for norm in norms for p in norm.parameters()]
         self._block = native.Block(
             *(matrix.matrix for matrix in matrices),
@@ -111,7 +122,7 @@ class _CachedStep:
             attention.heads,
             mlp.down.inputs,
             mlp.is_gated,
-            self._dtype == torch.bfloat16,
+            native.FORMATS[dtype],
         )
 
     def __call__(
@@ -130,7 +141,7 @@ class _CachedStep:
         kept, words = cache.image, text.shape[1]
         positions = kept.keys.shape[1]
         assert kept.keys.stride() == kept.values.stride(), kept.values.stride()
-        assert kept.keys.dtype == self._dtype, kept.keys.dtype
+        assert kept.keys.dtype == self._kept_dtype, kept.keys.dtype
         assert position + length <= positions, (position, length, positions)
         x_BLD = x_BLD.clone(memory_format=torch.contiguous_format)  # written over
         sizes = (batch, length, positions, words)

@@ -1,10 +1,10 @@
 // One block of LatentGPT on a CPU, in one call: what lgpt/models/cpu_block.py draws pictures with.
 //
 // A drawn token needs every weight once, so it cannot come sooner than the weights come from memory.
-// They lie here in the order in which they are read, in bf16 where the model is, and become float32
-// in registers, as do the kept keys and values; all between two products stays in cache. Activations
-// are float32, except that CPUs with AVX-512 BF16 round a product's left side to bf16, as their own
-// instruction wants it.
+// They lie here in the order in which they are read, in bf16 where the model is or in 8 bits, and
+// become float32 in registers, as do the kept keys and values; all between two products stays in
+// cache. Activations are float32, except that CPUs with AVX-512 BF16 round a product's left side to
+// bf16, as their own instruction wants it; an 8-bit weight is a bf16 number as it is.
 //
 // No row's result depends on the rows beside it: each sum has one order, whatever the batch.
 //
@@ -33,12 +33,14 @@ constexpr int LANES = 8, ROWS_AT_ONCE = 5;  // 5 x 2 sums, and the 16 registers 
 constexpr int LANES = 4, ROWS_AT_ONCE = 4;
 #endif
 constexpr int PARTS = TILE / LANES;
-// Asked from memory so many 32-bit words before they are needed: the CPU itself looks no further
-// than the end of a page.
-constexpr int AHEAD = 256;
+// Asked from memory so many bytes before they are needed: the CPU itself looks no further than the
+// end of a page.
+constexpr int AHEAD = 1024;
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef int16_t Pairs __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 inline Floats floats_at(const float* place) { return *reinterpret_cast<const Floats*>(place); }
 inline Words words_at(const uint32_t* place) { return *reinterpret_cast<const Words*>(place); }
@@ -80,8 +82,8 @@ inline float exponential(float x) {
 }
 
 // ---- products ---------------------------------------------------------------------------------
-// A tile is TILE rows of the matrix: float32 [inputs][TILE], or bf16 [inputs/2][TILE][2], so that a
-// 32-bit word holds two neighbouring inputs of one output.
+// A tile is TILE rows of the matrix: float32 [inputs][TILE], or bf16 or int8 [inputs/2][TILE][2], so
+// that a word of 32 or 16 bits holds two neighbouring inputs of one output.
 
 struct Float32 {
     using Operand = float;  // what multiplies the matrix
@@ -91,6 +93,7 @@ struct Float32 {
         Floats parts[PARTS];
     };
     static constexpr int INPUTS_A_LINE = 1;
+    static constexpr bool IS_SCALED = false;
 
     template <int ROWS>
     static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
@@ -115,21 +118,59 @@ inline Floats16 with_pairs(Floats16 sum, Words16 left, Words16 right) {
 #endif
 }
 
+// Pairs of 8-bit integers, as they lie in memory, in bf16, which holds them exactly.
+inline Words16 bf16_pairs_at(const uint16_t* line) {
+#if defined(__AVX512BF16__) && !defined(LGPT_EMULATE_BF16_PRODUCTS)
+    const auto* halves = reinterpret_cast<const __m128i*>(line);
+    const auto widened_half = [](const __m128i* half) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(half)));
+    };
+    return (Words16)_mm512_cvtne2ps_pbh(widened_half(halves + 1), widened_half(halves));
+#else
+    typedef int32_t Integers16 __attribute__((vector_size(64)));
+    typedef int16_t Pairs16 __attribute__((vector_size(32), aligned(2), may_alias));
+    const auto pairs =
+        __builtin_convertvector(*reinterpret_cast<const Pairs16*>(line), Integers16);
+    const auto even = __builtin_convertvector((pairs << 24) >> 24, Floats16);
+    const auto odd = __builtin_convertvector(pairs >> 8, Floats16);
+    return ((Words16)even >> 16) | (Words16)odd;
+#endif
+}
+
 struct Bf16 {
     using Operand = uint16_t;
     using Kept = uint16_t;
     using Word = uint32_t;
     using Sum = Floats16;
     static constexpr int INPUTS_A_LINE = 2;
+    static constexpr bool IS_SCALED = false;
 
     template <int ROWS>
     static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
-        const Words16 w = *reinterpret_cast<const Words16*>(line);
+        add_pairs(*reinterpret_cast<const Words16*>(line), x, inputs, sums);
+    }
+
+    template <int ROWS>
+    static void add_pairs(Words16 w, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
         for (int r = 0; r < ROWS; ++r) {
             uint32_t pair;
             std::memcpy(&pair, x + r * inputs, 4);
             sums[r] = with_pairs(sums[r], w, Words16{} + pair);
         }
+    }
+};
+
+struct Int8 {
+    using Operand = uint16_t;
+    using Kept = uint16_t;
+    using Word = uint16_t;
+    using Sum = Floats16;
+    static constexpr int INPUTS_A_LINE = 2;
+    static constexpr bool IS_SCALED = true;
+
+    template <int ROWS>
+    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+        Bf16::add_pairs(bf16_pairs_at(line), x, inputs, sums);
     }
 };
 #else
@@ -139,6 +180,7 @@ struct Bf16 {
     using Word = uint32_t;
     using Sum = Float32::Sum;
     static constexpr int INPUTS_A_LINE = 2;
+    static constexpr bool IS_SCALED = false;
 
     template <int ROWS>
     static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
@@ -150,6 +192,29 @@ struct Bf16 {
         for (int r = 0; r < ROWS; ++r)
             for (int p = 0; p < PARTS; ++p)
                 sums[r].parts[p] += (Floats)(w[p] & 0xffff0000u) * x[r * inputs + 1];
+    }
+};
+
+struct Int8 {
+    using Operand = float;
+    using Kept = uint16_t;
+    using Word = uint16_t;
+    using Sum = Float32::Sum;
+    static constexpr int INPUTS_A_LINE = 2;
+    static constexpr bool IS_SCALED = true;
+
+    template <int ROWS>
+    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+        for (int p = 0; p < PARTS; ++p) {
+            const auto pairs = __builtin_convertvector(
+                *reinterpret_cast<const Pairs*>(line + p * LANES), Integers);
+            const auto even = __builtin_convertvector((pairs << 24) >> 24, Floats);
+            const auto odd = __builtin_convertvector(pairs >> 8, Floats);
+            for (int r = 0; r < ROWS; ++r) {
+                sums[r].parts[p] += even * x[r * inputs];
+                sums[r].parts[p] += odd * x[r * inputs + 1];
+            }
+        }
     }
 };
 #endif
@@ -164,7 +229,7 @@ inline void products(const typename Format::Word* tile, const typename Format::O
     for (int64_t i = 0; i < lines; ++i)
         for (int t = 0; t < TILES; ++t) {
             const typename Format::Word* line = tile + (t * lines + i) * TILE;
-            __builtin_prefetch(line + AHEAD);
+            __builtin_prefetch(reinterpret_cast<const char*>(line) + AHEAD);
             Format::add(line, x + i * Format::INPUTS_A_LINE, inputs, sums[t]);
         }
     std::memcpy(out, sums, sizeof sums);
@@ -176,8 +241,11 @@ extern "C" {
 
 struct LgptMatrix {
     const void* tiles;
-    int64_t outputs, inputs;  // inputs even in bf16
+    const float* scales;      // [outputs], of int8 alone: what 1 is
+    int64_t outputs, inputs;  // inputs even, but in float32
 };
+
+enum LgptFormat : int32_t { LGPT_FLOAT32, LGPT_BF16, LGPT_INT8 };
 
 struct LgptNorm {
     const float* weight;  // null: no norm
@@ -189,13 +257,14 @@ struct LgptBlock {
     LgptMatrix qkv, out, cross_q, cross_out, up, down;
     LgptNorm self_norm, q_norm, k_norm, cross_norm, cross_q_norm, mlp_norm;
     int64_t width, heads, inner;
-    int32_t is_gated, is_bf16;
+    int32_t is_gated;
+    LgptFormat format;  // of the matrices
 };
 
 struct LgptCall {
     float* x;  // [B, n, D], read and written
     int64_t batch, length, position;
-    void *keys, *values;  // [B, positions, N, K], as the matrices; written from `position` on
+    void *keys, *values;  // [B, positions, N, K], float32 or else bf16; written from `position` on
     int64_t positions, picture_stride, position_stride, head_stride;
     const float *cos, *sin;  // [n, K/2]; null: no rotation
     const float *text_keys, *text_values;  // [B, N, T, K]
@@ -223,7 +292,9 @@ inline void rows_times_tiles(const LgptMatrix& m, int64_t tile, const typename F
         for (int r = 0; r < ROWS; ++r)
             for (int64_t o = 0; o < count; ++o) {
                 float* place = y + r * m.outputs + first + o;
-                *place = is_added ? *place + out[t][r][o] : out[t][r][o];
+                float value = out[t][r][o];
+                if constexpr (Format::IS_SCALED) value *= m.scales[first + o];
+                *place = is_added ? *place + value : value;
             }
     }
 }
@@ -466,15 +537,21 @@ int64_t lgpt_scratch_floats(const LgptBlock* b, int64_t batch, int64_t length, i
 }
 
 void lgpt_block(const LgptBlock* b, const LgptCall* c) {
-    if (b->is_bf16) run<Bf16>(*b, *c);
-    else run<Float32>(*b, *c);
+    switch (b->format) {
+        case LGPT_FLOAT32: return run<Float32>(*b, *c);
+        case LGPT_BF16: return run<Bf16>(*b, *c);
+        case LGPT_INT8: return run<Int8>(*b, *c);
+    }
 }
 
 // x [R, inputs] times the matrix: y [R, outputs]; `scratch` has room for x.
-void lgpt_linear(const LgptMatrix* m, int32_t is_bf16, const float* x, float* y, int64_t rows,
+void lgpt_linear(const LgptMatrix* m, LgptFormat format, const float* x, float* y, int64_t rows,
                  float* scratch, int32_t threads) {
-    if (is_bf16) run_linear<Bf16>(*m, x, y, rows, scratch, threads);
-    else run_linear<Float32>(*m, x, y, rows, scratch, threads);
+    switch (format) {
+        case LGPT_FLOAT32: return run_linear<Float32>(*m, x, y, rows, scratch, threads);
+        case LGPT_BF16: return run_linear<Bf16>(*m, x, y, rows, scratch, threads);
+        case LGPT_INT8: return run_linear<Int8>(*m, x, y, rows, scratch, threads);
+    }
 }
 
 }  // extern "C"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lgpt.core.logging import get_logger
+from lgpt.models.int8_weights import to_int8
 
 _logger = get_logger(__name__)
 
@@ -39,12 +40,17 @@ _COMPILE_SECONDS = 300
 _MULTIPLICATIONS_A_THREAD = 1 << 21
 _UNKEPT = "~/.cache cannot be written, or what XDG_CACHE_HOME names instead"
 _TILE = 16
+# `LgptFormat` of the source.
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 class Matrix(Structure):
     """`LgptMatrix` of the source."""
 
-    _fields_: ClassVar = [("tiles", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("tiles", "scales")),
+        *((name, c_int64) for name in ("outputs", "inputs")),
+    ]
 
 
 class Norm(Structure):
@@ -61,7 +67,7 @@ class Block(Structure):
         *((name, Norm) for name in ("self_norm", "q_norm", "k_norm")),
         *((name, Norm) for name in ("cross_norm", "cross_q_norm", "mlp_norm")),
         *((name, c_int64) for name in ("width", "heads", "inner")),
-        *((name, c_int32) for name in ("is_gated", "is_bf16")),
+        *((name, c_int32) for name in ("is_gated", "format")),
     ]
 
 
@@ -121,14 +127,14 @@ def cpu_library(*macros: str) -> Optional[ctypes.CDLL]:
 def in_tiles(weight: Tensor) -> Tensor:
     """A matrix [outputs, inputs] in the order in which the library reads it.
 
-    Float32: [outputs/16, inputs, 16]; bf16, whose inputs are an even number: [outputs/16, inputs/2,
-    16, 2]. Outputs are filled up with zeros.
+    Float32: [outputs/16, inputs, 16]; bf16 and int8, whose inputs are an even number:
+    [outputs/16, inputs/2, 16, 2]. Outputs are filled up with zeros.
     """
     outputs, inputs = weight.shape
     filled = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % _TILE))
     if weight.dtype == torch.float32:
         return filled.view(-1, _TILE, inputs).transpose(1, 2).contiguous()
-    assert weight.dtype == torch.bfloat16, weight.dtype
+    assert weight.dtype in (torch.bfloat16, torch.int8), weight.dtype
     assert inputs % 2 == 0, inputs
     return filled.view(-1, _TILE, inputs // 2, 2).transpose(1, 2).contiguous()
 
@@ -139,15 +145,25 @@ def out_of_tiles(tiles: Tensor, outputs: int) -> Tensor:
     return swapped.reshape(swapped.shape[0] * _TILE, -1)[:outputs].contiguous()
 
 
-def times_tiles(library: ctypes.CDLL, tiles: Tensor, outputs: int, x: Tensor) -> Tensor:
-    """x [rows, inputs] float32 times the matrix: [rows, outputs] float32."""
+def times_tiles(
+    library: ctypes.CDLL, tiles: Tensor, outputs: int, x: Tensor, scales: Optional[Tensor] = None
+) -> Tensor:
+    """x [rows, inputs] float32 times the matrix: [rows, outputs] float32.
+
+    Args:
+        library: From `cpu_library`.
+        tiles: From `in_tiles`.
+        outputs: Of the matrix.
+        x: Its rows.
+        scales: [outputs] float32 of an int8 matrix, see `to_int8`.
+    """
     assert x.dtype == torch.float32, x.dtype
     assert x.is_contiguous(), x.stride()
     rows, inputs = x.shape
     y, scratch = x.new_empty(rows, outputs), torch.empty_like(x)
     library.lgpt_linear(
-        Matrix(tiles.data_ptr(), outputs, inputs),
-        tiles.dtype == torch.bfloat16,
+        matrix(tiles, outputs, inputs, scales),
+        FORMATS[tiles.dtype],
         x.data_ptr(),
         y.data_ptr(),
         rows,
@@ -157,6 +173,12 @@ def times_tiles(library: ctypes.CDLL, tiles: Tensor, outputs: int, x: Tensor) ->
     return y
 
 
+def matrix(tiles: Tensor, outputs: int, inputs: int, scales: Optional[Tensor]) -> Matrix:
+    """As the library wants it; the tensors must outlive it."""
+    assert (scales is not None) == (tiles.dtype == torch.int8), tiles.dtype
+    return Matrix(tiles.data_ptr(), None if scales is None else scales.data_ptr(), outputs, inputs)
+
+
 def threads_for(multiplications: int) -> int:
     """How many threads a call is worth: one for a small model."""
     worth = multiplications // _MULTIPLICATIONS_A_THREAD
@@ -164,17 +186,23 @@ def threads_for(multiplications: int) -> int:
 
 
 def _is_right(library: ctypes.CDLL) -> bool:
-    """One small product in either format against PyTorch's in float64.
+    """One small product in every format against PyTorch's in float64.
 
     What a compiler makes of the source on a CPU that nobody tried is found out here.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 74, generator=generator)
     x = torch.randn(11, 74, generator=generator)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
-        rounded = weight.to(dtype)
-        product = times_tiles(library, in_tiles(rounded), 40, x)
+    integers, scales = to_int8(weight)
+    for rounded, of_int8, tolerance in (
+        (weight, None, 1e-4),
+        (weight.bfloat16(), None, 0.2),
+        (integers, scales, 0.2),
+    ):
+        product = times_tiles(library, in_tiles(rounded), 40, x, of_int8)
         expected = x.double() @ rounded.double().t()
+        if of_int8 is not None:
+            expected *= of_int8
         if not bool((product.double() - expected).abs().max() < tolerance):
             return False
     return True

@@ -28,10 +28,11 @@ from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.planning.parameters import transformer_surroundings
 from lgpt.sampling.bench_peers import Gpt2Sampler, LlamaGenSampler
 from lgpt.sampling.generate import generate_tokens
-from lgpt.sampling.pipeline import fastest_dtype
+from lgpt.sampling.pipeline import fastest_dtype, pack_int8
 from lgpt.settings.phases import TransformerRun
 
 OURS, LLAMAGEN, GPT2 = "lgpt", "LlamaGen's sampler", "transformers' GPT2"
+INT8 = "lgpt, 8-bit weights"
 _READ_BYTES = 256 * 2**20
 _LEAST_GUIDANCE = 1.5  # where the run has none: both halves are drawn all the same
 
@@ -44,6 +45,7 @@ def bench_sample(
     tokens: Optional[int] = None,
     words: int = 20,
     peers: bool = True,
+    int8: bool = False,
 ) -> dict[str, Any]:
     """Measure drawing with a run's transformer, random weights, guidance on.
 
@@ -55,15 +57,17 @@ def bench_sample(
         tokens: Draw only a picture's last so many, after random ones that are given.
         words: Text tokens of a prompt.
         peers: Measure LlamaGen's sampler and transformers' GPT2 too.
+        int8: Measure ours with 8-bit weights too, on a CPU.
 
     Returns:
-        JSON values. For every batch and system tokens and images a second, for ours also the bytes
-        that a step reads (weights once, caches half full), the steps a second that the measured
-        read bandwidth allows, and the share of them that was reached; `ratios` are ours by theirs,
-        medians over rounds.
+        JSON values. For every batch and system tokens and images a second, for ours (and in `int8`
+        for its 8-bit weights) also the bytes that a step reads (weights once, caches half full),
+        the tokens a second that the measured read bandwidth allows, and the share of them that was
+        reached; `ratios` are ours by theirs, medians over rounds.
 
     Raises:
-        SettingsError: The shape cannot be known from the settings, or `tokens` do not fit.
+        SettingsError: The shape cannot be known from the settings, `tokens` do not fit, or there
+            can be no 8-bit weights here.
     """
     codes, side, text_width = transformer_surroundings(run)
     config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
@@ -80,6 +84,8 @@ def bench_sample(
     peers_dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
     ours = _Ours(config, run, device, dtype)
     systems: dict[str, Any] = {OURS: ours}
+    if int8:
+        systems[INT8] = _Ours(config, run, device, torch.int8)
     if peers:
         for name, kind in ((LLAMAGEN, LlamaGenSampler), (GPT2, Gpt2Sampler)):
             systems[name] = kind(config, ours.parameters_count, device, peers_dtype)
@@ -126,9 +132,13 @@ class _Ours:
         ]
         rest = self.parameters_count - sum(weight.numel() for weight in once)
         self.weight_bytes = rest * dtype.itemsize
-        self.model = model.to(device, dtype)
-        if device.type == "cpu":
-            pack_for_decoding(self.model)
+        if dtype == torch.int8:
+            pack_int8(model, device)
+        else:
+            model.to(device, dtype)
+            if device.type == "cpu":
+                pack_for_decoding(model)
+        self.model = model
 
     def bytes_per_step(self, batch: int, words: int, places: float) -> float:
         """What one step reads: weights, and of both halves' caches what is filled."""
@@ -190,9 +200,16 @@ def _measure(
                 rates[name].append(batch * (len(stamps) - 1) / (stamps[-1] - stamps[0]))
         if number:
             read_rates.append(_bytes_per_second(memory))
-    read_rate = statistics.median(read_rates)
-    bytes_per_step = ours.bytes_per_step(batch, words, config.num_tokens - tokens / 2)
-    bound = read_rate / bytes_per_step * batch
+
+    def beside_bound(name: str) -> dict[str, float]:
+        step_bytes = systems[name].bytes_per_step(batch, words, config.num_tokens - tokens / 2)
+        shares = [rate * step_bytes / batch / read for rate, read in zip(rates[name], read_rates)]
+        return {
+            "bytes_per_step": step_bytes,
+            "bound_tokens_per_second": statistics.median(read_rates) / step_bytes * batch,
+            "bandwidth_share": statistics.median(shares),
+        }
+
     return {
         "batch": batch,
         "tokens_per_second": {name: statistics.median(r) for name, r in rates.items()},
@@ -205,12 +222,9 @@ def _measure(
             for name in systems
             if name != OURS
         },
-        "read_bytes_per_second": read_rate,
-        "bytes_per_step": bytes_per_step,
-        "bound_tokens_per_second": bound,
-        "bandwidth_share": statistics.median(
-            rate * bytes_per_step / batch / read for rate, read in zip(rates[OURS], read_rates)
-        ),
+        "read_bytes_per_second": statistics.median(read_rates),
+        **beside_bound(OURS),
+        **({"int8": beside_bound(INT8)} if INT8 in systems else {}),
     }
 
 
@@ -241,8 +255,7 @@ def sample_table(result: dict[str, Any]) -> Table:
     for measured in result["batches"]:
         for name, rate in measured["tokens_per_second"].items():
             is_ours = name == OURS
-            share = f"{100 * measured['bandwidth_share']:.0f}%"
-            bound = f"{share} of {measured['bound_tokens_per_second']:.0f} tokens/s"
+            bounded = {OURS: measured, INT8: measured.get("int8")}.get(name)
             table.add_row(
                 str(measured["batch"]),
                 name,
@@ -250,6 +263,9 @@ def sample_table(result: dict[str, Any]) -> Table:
                 f"{rate:.1f}",
                 f"{measured['images_per_second'][name]:.3f}",
                 "" if is_ours else f"{measured['ratios'][name]:.2f}x",
-                bound if is_ours else "",
+                ""
+                if bounded is None
+                else f"{bounded['bandwidth_share']:.0%} of {bounded['bound_tokens_per_second']:.0f}"
+                " tokens/s",
             )
     return table

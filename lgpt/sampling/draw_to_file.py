@@ -95,7 +95,7 @@ def draw_to_file(
         complete: A picture whose upper part every picture begins with.
         keep: How much of it; default: half.
         preview: A PNG that is written anew after every quarter of the rows.
-        dtype: auto, bf16 or fp32.
+        dtype: auto, bf16, fp32 or int8.
 
     Raises:
         CheckpointError: The model folder or the CLIP is unusable.
@@ -108,7 +108,7 @@ def draw_to_file(
     pipeline = TextToImagePipeline.from_pretrained(model, dtype=dtype)
     _make_place_for(out, "--out")
     if preview is not None:
-        _check_preview(preview)
+        check_png(preview, "--preview")
     scorer = None if best is None else pipeline.open_scorer(clip)
     given = None if complete is None else _beginning(pipeline, complete, keep)
     show = None if preview is None else lambda pictures: _save_grid(pictures, None, preview)
@@ -189,10 +189,15 @@ def _open(path: Path) -> Image.Image:
         raise SettingsError(f"--complete {path} is no picture that can be read: {error}.") from None
 
 
-def _check_preview(path: Path) -> None:
+def check_png(path: Path, option: str) -> None:
+    """Make the folder of a picture that will be written.
+
+    Raises:
+        SettingsError: The name does not end in .png, or it cannot be written.
+    """
     if not _is_grid(path):
-        raise SettingsError(f"--preview {path} must end in .png.")
-    _make_place_for(path, "--preview")
+        raise SettingsError(f"{option} {path} must end in .png.")
+    _make_place_for(path, option)
 
 
 def _is_grid(out: Path) -> bool:

@@ -65,7 +65,7 @@ def generate_tokens(
     length, width = model.config.num_tokens, model.config.grid_width
     tokens_BL = _blank(len(seeds), length, text, given, guidance, model)
     kept = 0 if given is None else given.shape[1]
-    decoder = _Decoder(model, text, text_mask, len(seeds), is_guided=guidance != 1)
+    decoder = GuidedDecoder(model, text, text_mask, len(seeds), is_guided=guidance != 1)
     uniforms_LB = _uniforms(seeds, length).to(tokens_BL.device)
     if kept and progress is not None:
         progress(kept)
@@ -114,7 +114,7 @@ def _blank(
     return tokens_BL
 
 
-class _Decoder:
+class GuidedDecoder:
     """Logits of one position after the other; with guidance both halves in one batch."""
 
     def __init__(

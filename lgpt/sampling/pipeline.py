@@ -32,7 +32,7 @@ _SAMPLING = {
     "top_k": 0,
     "top_p": 1.0,
 }
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 # Pictures drawn at a time; guidance doubles it.
 _BATCH_PICTURES = 32
 # A preview is drawn after every quarter of the rows.
@@ -84,13 +84,14 @@ class TextToImagePipeline:
         Args:
             folder: Holds `config.json`, `model.safetensors`, `pipeline.json` and `vqvae/`.
             device: Default: the GPU if there is one.
-            dtype: Of the transformer's weights: bf16, fp32, or auto, see `fastest_dtype`. On a CPU
-                they are then packed, so that the model can draw and be saved, but no longer be
-                trained or moved. VQ-VAE and text encoder stay float32.
+            dtype: Of the transformer's weights: bf16, fp32, or auto, see `fastest_dtype`; on a CPU
+                with a C++ compiler also int8, see `to_int8`. On a CPU they are then packed, so that
+                the model can draw and be saved, but no longer be trained or moved. VQ-VAE and text
+                encoder stay float32.
 
         Raises:
             CheckpointError: A part is missing or they do not belong together.
-            SettingsError: There is no such dtype.
+            SettingsError: There is no such dtype, or not here.
         """
         if dtype not in ("auto", *_DTYPES):
             raise SettingsError(f"dtype '{dtype}' is unknown; allowed: auto, {', '.join(_DTYPES)}.")
@@ -107,9 +108,13 @@ class TextToImagePipeline:
             name = source / name
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = fastest_dtype(device) if dtype == "auto" else _DTYPES[dtype]
-        model = LatentGPT.from_pretrained(source).to(device, chosen)
-        if device.type == "cpu" and not pack_for_decoding(model) and dtype == "auto":
-            pack_for_decoding(model.float())  # an odd width, which bf16 cannot be packed with
+        model = LatentGPT.from_pretrained(source)
+        if chosen == torch.int8:
+            pack_int8(model, device)
+        else:
+            model.to(device, chosen)
+            if device.type == "cpu" and not pack_for_decoding(model) and dtype == "auto":
+                pack_for_decoding(model.float())  # an odd width, which bf16 cannot be packed with
         vqvae = VQVAE.from_pretrained(source / parts.get("vqvae", "vqvae")).to(device)
         digest = parts.get("text_encoder_digest")
         return cls(model, vqvae, name, parts.get("sampling"), digest)
@@ -317,6 +322,21 @@ class TextToImagePipeline:
 
     def _pictures(self, tokens: Tensor) -> list[Image.Image]:
         return to_pil(self.vqvae.decode(tokens).float().cpu())
+
+
+def pack_int8(model: LatentGPT, device: torch.device) -> None:
+    """Round a model on the CPU to 8 bits for drawing, in place.
+
+    Raises:
+        SettingsError: Drawing is meant for another device, or it cannot be done here.
+    """
+    if device.type != "cpu":
+        raise SettingsError(f"dtype int8 draws on CPUs alone, and this is {device}: take bf16.")
+    if not pack_for_decoding(model, int8=True):
+        raise SettingsError(
+            "dtype int8 needs a C++ compiler (g++, clang++, or what CXX names) and even widths (of "
+            "the model and its feed-forward): take bf16 or fp32."
+        )
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lgpt.models import cpu_library
 from lgpt.models.cpu_block import CpuLinear, pack_for_decoding
 from lgpt.models.cpu_library import in_tiles, out_of_tiles, times_tiles
+from lgpt.models.int8_weights import to_int8
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.sampling.generate import generate_tokens
 
@@ -122,13 +123,56 @@ def test_a_product_is_right_and_no_row_depends_on_its_company(
         assert torch.equal(times_tiles(library, tiles, outputs, x[:rows]), together[:rows]), rows
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (17, 74), (1000, 2), (48, 130)])
+def test_an_8_bit_product_is_that_of_its_integers_and_scales(
+    library: object, outputs: int, inputs: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(23, inputs).bfloat16().float()
+    integers, scales = to_int8(torch.randn(outputs, inputs))
+    integers[0, :2] = torch.tensor([-128, 127])  # all that 8 bits can hold
+    tiles = in_tiles(integers)
+    assert torch.equal(out_of_tiles(tiles, outputs), integers)
+    together = times_tiles(library, tiles, outputs, x, scales)
+    expected = x.double() @ integers.double().t() * scales.double()
+    assert (together.double() - expected).abs().max() < 2e-6 * inputs
+    for rows in range(1, 23):
+        alone = times_tiles(library, tiles, outputs, x[:rows], scales)
+        assert torch.equal(alone, together[:rows]), rows
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("norm", "mlp"), [("rmsnorm", "swiglu"), ("layernorm", "gelu")])
+def test_in_8_bits_the_model_is_the_one_with_rounded_matrices(
+    library: object, norm: str, mlp: str, dtype: torch.dtype
+) -> None:
+    model = _model(dtype, norm=norm, mlp=mlp)
+    rounded = copy.deepcopy(model).float()
+    for module in rounded.modules():
+        if isinstance(module, nn.Linear) or module is rounded.head:
+            integers, scales = to_int8(module.weight)
+            module.weight.data = integers * scales[:, None]
+    expected = _plain_logits(rounded)
+    in_bf16 = (_plain_logits(copy.deepcopy(rounded).bfloat16()).float() - expected).abs().max()
+    assert pack_for_decoding(model, int8=True)
+    for given in (0, 7):
+        error = (_cached_logits(model, given) - expected[:, given:]).abs().max()
+        # Keys and values are kept in bf16, and CPUs with bf16 products round activations.
+        assert error <= in_bf16, (given, error, in_bf16)
+    saved = model.state_dict()
+    assert saved.keys() == rounded.state_dict().keys()
+    for key, tensor in rounded.state_dict().items():
+        assert torch.equal(saved[key], tensor.to(dtype)), key
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 def test_pictures_are_the_same_in_any_batch_and_with_any_threads(
     library: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_library, "_MULTIPLICATIONS_A_THREAD", 1)  # or one would do it all
-    model = _model(dtype)
-    assert pack_for_decoding(model)
+    is_int8 = dtype == torch.int8
+    model = _model(torch.float32 if is_int8 else dtype)
+    assert pack_for_decoding(model, int8=is_int8)
     text, mask = torch.randn(7, 5, 10), torch.arange(5) < torch.arange(7).unsqueeze(1) % 5 + 1
     choices = {"guidance": 5.0, "top_k": 40}
     together = generate_tokens(model, text, mask, seeds=range(7), **choices)
@@ -167,10 +211,12 @@ def test_a_packed_model_saves_what_it_was(dtype: torch.dtype) -> None:
         assert torch.equal(saved[key], tensor), key
 
 
-def test_logits_that_are_not_finite_stay_so() -> None:
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("int8", [False, True])
+def test_logits_that_are_not_finite_stay_so(int8: bool, number: float) -> None:
     model = _model(torch.float32)
-    model.blocks[1].mlp.up.weight.data[3, 5] = float("nan")
-    assert pack_for_decoding(model)
+    model.blocks[1].mlp.up.weight.data[3, 5] = number
+    assert pack_for_decoding(model, int8=int8)
     assert not _cached_logits(model, 0).isfinite().any()
 
 
@@ -185,6 +231,13 @@ def test_tensors_that_are_replaced_after_packing_are_still_there() -> None:
     filler = [torch.full((64,), float("nan")) for _ in range(2000)]
     assert torch.equal(_cached_logits(model, 0), before)
     del filler
+
+
+def test_an_odd_width_in_8_bits_is_refused_and_leaves_the_model() -> None:
+    model = _model(torch.float32, mlp_hidden=51)
+    expected = _plain_logits(model)
+    assert not pack_for_decoding(model, int8=True)
+    assert torch.equal(_plain_logits(model), expected)
 
 
 def test_an_odd_width_in_bf16_is_left_to_pytorch() -> None:

@@ -71,6 +71,19 @@ def test_a_step_reads_all_weights_but_the_embedding_and_the_filled_caches() -> N
     assert 0 < measured["bytes_per_step"] - matrices * bytes_a_number - caches < few
 
 
+def test_8_bit_weights_are_one_more_contestant_with_a_bound_of_its_own() -> None:
+    result = bench("--batch", 1, "--rounds", 2, "--words", 5, "--no-peers", "--int8")
+    (measured,) = result["batches"]
+    assert list(measured["ratios"]) == ["lgpt, 8-bit weights"]
+    ours, int8 = measured["tokens_per_second_of_rounds"].values()
+    slower = sum(a / b for a, b in zip(ours, int8)) / 2
+    assert measured["ratios"]["lgpt, 8-bit weights"] == pytest.approx(slower)
+    matrices = 2 * (4 * 64**2 + 2 * 64**2 + 3 * 64 * 128) + 64 * 64
+    caches = 2 * 2 * 2 * 64 * ((16 - 8) * 2 + (5 + 1) * 4)  # kept in bf16
+    assert 0 < measured["int8"]["bytes_per_step"] - matrices - caches < 2000
+    assert 0 < measured["int8"]["bandwidth_share"] < 1
+
+
 def test_what_cannot_be_measured_is_named() -> None:
     with pytest.raises(SettingsError, match="--tokens 17 must lie between 2 and 16"):
         bench("--tokens", 17)

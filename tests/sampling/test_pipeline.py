@@ -14,6 +14,7 @@ from tiny_clip import write_tiny_clip
 
 from lgpt import TextToImagePipeline
 from lgpt.core.errors import CheckpointError, SettingsError
+from lgpt.models import cpu_library
 from lgpt.models.clip_encoder import make_random_clip_text_encoder
 from lgpt.models.vqvae import VQVAE
 from lgpt.models.vqvae_config import VQVAEConfig
@@ -98,20 +99,31 @@ def test_a_schedule_of_the_caller_s_drops_the_folder_s_power(folder: Path) -> No
     assert _same(pipeline("a red circle")[0], constant[0])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8"])
 def test_pictures_are_the_same_in_any_batch_to_the_last_bit(folder: Path, dtype: str) -> None:
     pipeline = TextToImagePipeline.from_pretrained(folder, device="cpu", dtype=dtype)
     prompts = ["a red circle", "a blue square", "red red blue"]
     together = pipeline(prompts, images_per_prompt=5, seed=3)
     weights = pipeline.model.state_dict()["head.weight"]
-    assert weights.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    # 8-bit weights are saved as what they stand for.
+    assert weights.dtype == {"bf16": torch.bfloat16}.get(dtype, torch.float32)
     alone = [pipeline(p, seed=3 + j)[0] for p in prompts for j in range(5)]
     assert all(_same(a, b) for a, b in zip(alone, together))
 
 
 def test_only_known_dtypes_are_taken(folder: Path) -> None:
-    with pytest.raises(SettingsError, match="dtype 'fp8' is unknown; allowed: auto, bf16, fp32"):
+    with pytest.raises(SettingsError, match="'fp8' is unknown; allowed: auto, bf16, fp32, int8"):
         TextToImagePipeline.from_pretrained(folder, dtype="fp8")
+
+
+def test_8_bit_weights_are_refused_where_nothing_multiplies_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SettingsError, match="int8 draws on CPUs alone, and this is cuda"):
+        TextToImagePipeline.from_pretrained(folder, device="cuda", dtype="int8")
+    monkeypatch.setattr(cpu_library, "cpu_library", lambda: None)
+    with pytest.raises(SettingsError, match=r"int8 needs a C\+\+ compiler .* even widths"):
+        TextToImagePipeline.from_pretrained(folder, device="cpu", dtype="int8")
 
 
 def test_a_packed_model_is_saved_as_it_was_read(folder: Path, tmp_path: Path) -> None:
