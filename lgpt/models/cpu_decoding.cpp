@@ -26,21 +26,24 @@ namespace {
 
 constexpr int TILE = 16;  // outputs that lie side by side in memory
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS_AT_ONCE = 16;  // 16 sums, half of the registers
+// 16 sums and few loads for each; more rows at once were slower.
+constexpr int LANES = 16, ROWS_AT_ONCE = 8, TILES_AT_ONCE = 2;
 #elif defined(__AVX__)
-constexpr int LANES = 8, ROWS_AT_ONCE = 5;  // 5 x 2 sums, and the 16 registers are full
+constexpr int LANES = 8, ROWS_AT_ONCE = 5, TILES_AT_ONCE = 1;  // 5 x 2 of 16 registers
 #else
-constexpr int LANES = 4, ROWS_AT_ONCE = 4;
+constexpr int LANES = 4, ROWS_AT_ONCE = 4, TILES_AT_ONCE = 1;
 #endif
 constexpr int PARTS = TILE / LANES;
 // Asked from memory so many bytes before they are needed: the CPU itself looks no further than the
 // end of a page.
 constexpr int AHEAD = 1024;
+constexpr int PACKED_LINES = 16;  // a cache line of each row
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef int16_t Pairs __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t UnsignedHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 inline Floats floats_at(const float* place) { return *reinterpret_cast<const Floats*>(place); }
 inline Words words_at(const uint32_t* place) { return *reinterpret_cast<const Words*>(place); }
@@ -96,10 +99,10 @@ struct Float32 {
     static constexpr bool IS_SCALED = false;
 
     template <int ROWS>
-    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+    static void add(const Word* line, const Operand* x, int64_t stride, Sum (&sums)[ROWS]) {
         for (int p = 0; p < PARTS; ++p) {
             const Floats w = floats_at(line + p * LANES);
-            for (int r = 0; r < ROWS; ++r) sums[r].parts[p] += w * x[r * inputs];
+            for (int r = 0; r < ROWS; ++r) sums[r].parts[p] += w * x[r * stride];
         }
     }
 };
@@ -146,15 +149,15 @@ struct Bf16 {
     static constexpr bool IS_SCALED = false;
 
     template <int ROWS>
-    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
-        add_pairs(*reinterpret_cast<const Words16*>(line), x, inputs, sums);
+    static void add(const Word* line, const Operand* x, int64_t stride, Sum (&sums)[ROWS]) {
+        add_pairs(*reinterpret_cast<const Words16*>(line), x, stride, sums);
     }
 
     template <int ROWS>
-    static void add_pairs(Words16 w, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+    static void add_pairs(Words16 w, const Operand* x, int64_t stride, Sum (&sums)[ROWS]) {
         for (int r = 0; r < ROWS; ++r) {
             uint32_t pair;
-            std::memcpy(&pair, x + r * inputs, 4);
+            std::memcpy(&pair, x + r * stride, 4);
             sums[r] = with_pairs(sums[r], w, Words16{} + pair);
         }
     }
@@ -169,8 +172,8 @@ struct Int8 {
     static constexpr bool IS_SCALED = true;
 
     template <int ROWS>
-    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
-        Bf16::add_pairs(bf16_pairs_at(line), x, inputs, sums);
+    static void add(const Word* line, const Operand* x, int64_t stride, Sum (&sums)[ROWS]) {
+        Bf16::add_pairs(bf16_pairs_at(line), x, stride, sums);
     }
 };
 #else
@@ -183,15 +186,15 @@ struct Bf16 {
     static constexpr bool IS_SCALED = false;
 
     template <int ROWS>
-    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+    static void add(const Word* line, const Operand* x, int64_t stride, Sum (&sums)[ROWS]) {
         Words w[PARTS];
         for (int p = 0; p < PARTS; ++p) w[p] = words_at(line + p * LANES);
         for (int r = 0; r < ROWS; ++r)
             for (int p = 0; p < PARTS; ++p)
-                sums[r].parts[p] += (Floats)(w[p] << 16) * x[r * inputs];
+                sums[r].parts[p] += (Floats)(w[p] << 16) * x[r * stride];
         for (int r = 0; r < ROWS; ++r)
             for (int p = 0; p < PARTS; ++p)
-                sums[r].parts[p] += (Floats)(w[p] & 0xffff0000u) * x[r * inputs + 1];
+                sums[r].parts[p] += (Floats)(w[p] & 0xffff0000u) * x[r * stride + 1];
     }
 };
 
@@ -204,25 +207,28 @@ struct Int8 {
     static constexpr bool IS_SCALED = true;
 
     template <int ROWS>
-    static void add(const Word* line, const Operand* x, int64_t inputs, Sum (&sums)[ROWS]) {
+    static void add(const Word* line, const Operand* x, int64_t stride, Sum (&sums)[ROWS]) {
         for (int p = 0; p < PARTS; ++p) {
             const auto pairs = __builtin_convertvector(
                 *reinterpret_cast<const Pairs*>(line + p * LANES), Integers);
             const auto even = __builtin_convertvector((pairs << 24) >> 24, Floats);
             const auto odd = __builtin_convertvector(pairs >> 8, Floats);
             for (int r = 0; r < ROWS; ++r) {
-                sums[r].parts[p] += even * x[r * inputs];
-                sums[r].parts[p] += odd * x[r * inputs + 1];
+                sums[r].parts[p] += even * x[r * stride];
+                sums[r].parts[p] += odd * x[r * stride + 1];
             }
         }
     }
 };
 #endif
 
-// TILES tiles, one behind the other, times ROWS rows.
-template <typename Format, int ROWS, int TILES>
+// TILES tiles, one behind the other, times ROWS rows: one behind the other too, or, if they are
+// packed, beside each other, [inputs/INPUTS_A_LINE][ROWS][INPUTS_A_LINE].
+template <typename Format, int ROWS, int TILES, bool IS_PACKED>
 inline void products(const typename Format::Word* tile, const typename Format::Operand* x,
                      int64_t inputs, float (*out)[ROWS][TILE]) {
+    const int64_t row_stride = IS_PACKED ? Format::INPUTS_A_LINE : inputs;
+    const int64_t line_stride = Format::INPUTS_A_LINE * (IS_PACKED ? ROWS : 1);
     typename Format::Sum sums[TILES][ROWS] = {};
     static_assert(sizeof(typename Format::Sum) == sizeof(float) * TILE, "out is a copy of sums");
     const int64_t lines = inputs / Format::INPUTS_A_LINE;
@@ -230,7 +236,7 @@ inline void products(const typename Format::Word* tile, const typename Format::O
         for (int t = 0; t < TILES; ++t) {
             const typename Format::Word* line = tile + (t * lines + i) * TILE;
             __builtin_prefetch(reinterpret_cast<const char*>(line) + AHEAD);
-            Format::add(line, x + i * Format::INPUTS_A_LINE, inputs, sums[t]);
+            Format::add(line, x + i * line_stride, row_stride, sums[t]);
         }
     std::memcpy(out, sums, sizeof sums);
 }
@@ -279,12 +285,13 @@ struct LgptCall {
 namespace {
 
 // ROWS rows times TILES tiles, the result added to or put into y [R, outputs].
-template <typename Format, int ROWS, int TILES>
+template <typename Format, int ROWS, int TILES, bool IS_PACKED = false>
 inline void rows_times_tiles(const LgptMatrix& m, int64_t tile, const typename Format::Operand* x,
                              float* y, bool is_added) {
     float out[TILES][ROWS][TILE];
     const auto* tiles = static_cast<const typename Format::Word*>(m.tiles);
-    products<Format, ROWS, TILES>(tiles + tile * TILE * (m.inputs / Format::INPUTS_A_LINE), x,
+    products<Format, ROWS, TILES, IS_PACKED>(
+        tiles + tile * TILE * (m.inputs / Format::INPUTS_A_LINE), x,
                                   m.inputs, out);
     for (int t = 0; t < TILES; ++t) {
         const int64_t first = (tile + t) * TILE;
@@ -308,7 +315,7 @@ inline void last_rows_times_tiles(const LgptMatrix& m, int64_t tile, int64_t til
     if constexpr (ROWS > 0) {
         if (rows < ROWS) {
             last_rows_times_tiles<Format, ROWS - 1>(m, tile, tiles, x, y, rows, is_added);
-        } else if (tiles == 2 && ROWS <= 2) {
+        } else if (tiles == 2 && (ROWS <= 2 || TILES_AT_ONCE == 2)) {
             rows_times_tiles<Format, ROWS, 2>(m, tile, x, y, is_added);
         } else {
             for (int64_t t = tile; t < tile + tiles; ++t)
@@ -317,18 +324,49 @@ inline void last_rows_times_tiles(const LgptMatrix& m, int64_t tile, int64_t til
     }
 }
 
+// Rows [ROWS_AT_ONCE, inputs] as `products` takes them packed. Behind each other, what a line needs
+// lies in as many cache lines, whose places in the cache are the same where inputs are a power of 2.
+template <typename Format>
+inline void pack(const typename Format::Operand* x, int64_t inputs, int64_t first_line,
+                 int64_t lines, typename Format::Operand* packed) {
+    constexpr int WIDTH = Format::INPUTS_A_LINE;
+    for (int r = 0; r < ROWS_AT_ONCE; ++r)
+        for (int64_t i = first_line; i < first_line + lines; ++i)
+            std::memcpy(packed + (i * ROWS_AT_ONCE + r) * WIDTH, x + r * inputs + i * WIDTH,
+                        sizeof *x * WIDTH);
+}
+
+// `packed` has room for x.
 template <typename Format>
 inline void multiply(const LgptMatrix& m, const typename Format::Operand* x, float* y, int64_t rows,
-                     bool is_added) {
+                     bool is_added, typename Format::Operand* packed) {
     const int64_t count = (m.outputs + TILE - 1) / TILE;
+    const int64_t lines = m.inputs / Format::INPUTS_A_LINE;
+    if (const int64_t blocks = rows / ROWS_AT_ONCE; blocks > 0) {
+        const int64_t parts = (lines + PACKED_LINES - 1) / PACKED_LINES;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks * parts; ++i) {
+            const int64_t start = i / parts * ROWS_AT_ONCE * m.inputs;
+            const int64_t line = i % parts * PACKED_LINES;
+            const int64_t left = lines - line < PACKED_LINES ? lines - line : PACKED_LINES;
+            pack<Format>(x + start, m.inputs, line, left, packed + start);
+        }
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t tile = 0; tile < count; tile += 2) {
         const int64_t tiles = tile + 1 < count ? 2 : 1;
         int64_t row = 0;
-        for (int64_t t = tile; t < tile + tiles; ++t)
-            for (row = 0; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE)
-                rows_times_tiles<Format, ROWS_AT_ONCE, 1>(m, t, x + row * m.inputs,
-                                                          y + row * m.outputs, is_added);
+        for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE) {
+            const auto* here = packed + row * m.inputs;
+            float* there = y + row * m.outputs;
+            if (tiles == TILES_AT_ONCE) {
+                rows_times_tiles<Format, ROWS_AT_ONCE, TILES_AT_ONCE, true>(m, tile, here, there,
+                                                                            is_added);
+            } else {
+                for (int64_t t = tile; t < tile + tiles; ++t)
+                    rows_times_tiles<Format, ROWS_AT_ONCE, 1, true>(m, t, here, there, is_added);
+            }
+        }
         last_rows_times_tiles<Format, ROWS_AT_ONCE - 1>(
             m, tile, tiles, x + row * m.inputs, y + row * m.outputs, rows - row, is_added);
     }
@@ -367,31 +405,73 @@ inline void normalise_rows(const LgptNorm& norm, const float* x, Out* out, int64
 
 // ---- attention --------------------------------------------------------------------------------
 
+inline Floats widened_at(const float* place) { return floats_at(place); }
+inline Floats widened_at(const uint16_t* bf16) {
+    const auto halves = *reinterpret_cast<const UnsignedHalves*>(bf16);
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+// Of two vectors `width` long. WIDTH, where it is not 0, is the width: then all stays in registers.
+template <int WIDTH, typename Kept>
+inline float dot_product(const float* q, const Kept* key, int64_t width) {
+    float score = 0;
+    if constexpr (WIDTH % LANES == 0 && WIDTH > 0) {
+        Floats sums = {};
+        for (int i = 0; i < WIDTH; i += LANES) sums += floats_at(q + i) * widened_at(key + i);
+        float parts[LANES];
+        std::memcpy(parts, &sums, sizeof sums);
+#pragma omp simd reduction(+ : score)
+        for (int i = 0; i < LANES; ++i) score += parts[i];
+    } else {
+#pragma omp simd reduction(+ : score)
+        for (int64_t i = 0; i < width; ++i) score += q[i] * widened(key[i]);
+    }
+    return score;
+}
+
+// The values, each times its weight, added up; `sums` has room for `width`.
+template <int WIDTH, typename Kept>
+inline void weighted_sum(const float* weights, const Kept* values, int64_t stride, int64_t count,
+                         int64_t width, float* sums) {
+    if constexpr (WIDTH % LANES == 0 && WIDTH > 0) {
+        Floats parts[WIDTH / LANES] = {};
+        for (int64_t s = 0; s < count; ++s)
+            for (int i = 0; i < WIDTH / LANES; ++i)
+                parts[i] += widened_at(values + s * stride + i * LANES) * weights[s];
+        std::memcpy(sums, parts, sizeof parts);
+    } else {
+        std::memset(sums, 0, sizeof(float) * width);
+        for (int64_t s = 0; s < count; ++s) {
+            const Kept* value = values + s * stride;
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) sums[i] += weights[s] * widened(value[i]);
+        }
+    }
+}
+
 // softmax(q k^T + mask) v of one query of one head; `scores` has room for `count`.
-template <typename Kept, typename Out>
-inline void attend(const float* q, const Kept* keys, const Kept* values, int64_t stride,
-                   int64_t count, const float* mask, int64_t head_width, float* scores, float* sums,
-                   Out* out) {
+template <int WIDTH, typename Kept, typename Out>
+inline void attend_at_width(const float* q, const Kept* keys, const Kept* values, int64_t stride,
+                            int64_t count, const float* mask, int64_t head_width, float* scores,
+                            float* sums, Out* out) {
     float largest = -INFINITY, total = 0;
     for (int64_t s = 0; s < count; ++s) {
-        float score = 0;
-        const Kept* key = keys + s * stride;
-#pragma omp simd reduction(+ : score)
-        for (int64_t i = 0; i < head_width; ++i) score += q[i] * widened(key[i]);
+        const float score = dot_product<WIDTH>(q, keys + s * stride, head_width);
         scores[s] = mask == nullptr ? score : score + mask[s];
         largest = scores[s] > largest ? scores[s] : largest;
     }
 #pragma omp simd
     for (int64_t s = 0; s < count; ++s)
         scores[s] = scores[s] == -INFINITY ? 0.0f : exponential(scores[s] - largest);
-    std::memset(sums, 0, sizeof(float) * head_width);
-    for (int64_t s = 0; s < count; ++s) {
-        total += scores[s];
-        const Kept* value = values + s * stride;
-#pragma omp simd
-        for (int64_t i = 0; i < head_width; ++i) sums[i] += scores[s] * widened(value[i]);
-    }
+    for (int64_t s = 0; s < count; ++s) total += scores[s];
+    weighted_sum<WIDTH>(scores, values, stride, count, head_width, sums);
     for (int64_t i = 0; i < head_width; ++i) put(out + i, sums[i] / total);
+}
+
+template <typename... Arguments>
+inline void attend(int64_t head_width, Arguments... arguments) {
+    if (head_width == 64) attend_at_width<64>(arguments...);
+    else attend_at_width<0>(arguments...);
 }
 
 // Turn the pairs (x_j, x_{j+K/2}) by their angles.
@@ -429,7 +509,7 @@ inline void self_attention(const LgptBlock& b, const LgptCall& c, int64_t pictur
     }
     for (int64_t j = 0; j < c.length; ++j) {
         const int64_t row = picture * c.length + j;
-        attend(qkv + row * 3 * b.width + head * K, keys, values, c.position_stride,
+        attend(K, qkv + row * 3 * b.width + head * K, keys, values, c.position_stride,
                c.position + j + 1, nullptr, K, room + K, room, attended + row * b.width + head * K);
     }
 }
@@ -443,7 +523,7 @@ inline void cross_attention(const LgptBlock& b, const LgptCall& c, int64_t row, 
     normalise(b.cross_q_norm, q, q, K);
     for (int64_t i = 0; i < K; ++i) q[i] *= shrink;
     const int64_t first = (picture * b.heads + head) * c.words * K;
-    attend(q, c.text_keys + first, c.text_values + first, K, c.words,
+    attend(K, q, c.text_keys + first, c.text_values + first, K, c.words,
            c.text_mask == nullptr ? nullptr : c.text_mask + picture * c.words, K, room + K, room,
            attended + row * b.width + head * K);
 }
@@ -485,31 +565,32 @@ void run(const LgptBlock& b, const LgptCall& c) {
     const int64_t rows = c.batch * c.length;
     float* wide = c.scratch;
     Operand* left = reinterpret_cast<Operand*>(wide + rows * wide_floats(b));
-    float* rooms = wide + rows * (wide_floats(b) + left_floats(b));
+    Operand* packed = left + rows * left_floats(b);
+    float* rooms = wide + rows * (wide_floats(b) + 2 * left_floats(b));
     const int64_t room_size = room_of_a_head(b, c.positions, c.words);
 #pragma omp parallel num_threads(c.threads)
     {
         normalise_rows(b.self_norm, c.x, left, rows, b.width);
-        multiply<Format>(b.qkv, left, wide, rows, false);
+        multiply<Format>(b.qkv, left, wide, rows, false, packed);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < c.batch * b.heads; ++i)
             self_attention<typename Format::Kept>(b, c, i / b.heads, i % b.heads, wide, left,
                                                   rooms + i * room_size);
-        multiply<Format>(b.out, left, c.x, rows, true);
+        multiply<Format>(b.out, left, c.x, rows, true, packed);
 
         normalise_rows(b.cross_norm, c.x, left, rows, b.width);
-        multiply<Format>(b.cross_q, left, wide, rows, false);
+        multiply<Format>(b.cross_q, left, wide, rows, false, packed);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < c.batch * b.heads; ++i)
             for (int64_t j = 0; j < c.length; ++j)
                 cross_attention(b, c, i / b.heads * c.length + j, i % b.heads, wide, left,
                                 rooms + i * room_size);
-        multiply<Format>(b.cross_out, left, c.x, rows, true);
+        multiply<Format>(b.cross_out, left, c.x, rows, true, packed);
 
         normalise_rows(b.mlp_norm, c.x, left, rows, b.width);
-        multiply<Format>(b.up, left, wide, rows, false);
+        multiply<Format>(b.up, left, wide, rows, false, packed);
         activate(b, wide, left, rows);
-        multiply<Format>(b.down, left, c.x, rows, true);
+        multiply<Format>(b.down, left, c.x, rows, true, packed);
     }
 }
 
@@ -521,7 +602,7 @@ void run_linear(const LgptMatrix& m, const float* x, float* y, int64_t rows, voi
 #pragma omp parallel num_threads(threads)
     {
         normalise_rows(LgptNorm{nullptr, nullptr, 0}, x, left, rows, m.inputs);
-        multiply<Format>(m, left, y, rows, false);
+        multiply<Format>(m, left, y, rows, false, left + rows * m.inputs);
     }
 }
 
@@ -532,7 +613,7 @@ extern "C" {
 // Floats of scratch that lgpt_block needs.
 int64_t lgpt_scratch_floats(const LgptBlock* b, int64_t batch, int64_t length, int64_t positions,
                             int64_t words) {
-    return batch * length * (wide_floats(*b) + left_floats(*b)) +
+    return batch * length * (wide_floats(*b) + 2 * left_floats(*b)) +
            batch * b->heads * room_of_a_head(*b, positions, words);
 }
 
@@ -544,7 +625,7 @@ void lgpt_block(const LgptBlock* b, const LgptCall* c) {
     }
 }
 
-// x [R, inputs] times the matrix: y [R, outputs]; `scratch` has room for x.
+// x [R, inputs] times the matrix: y [R, outputs]; `scratch` has room for x twice.
 void lgpt_linear(const LgptMatrix* m, LgptFormat format, const float* x, float* y, int64_t rows,
                  float* scratch, int32_t threads) {
     switch (format) {

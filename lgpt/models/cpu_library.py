@@ -160,7 +160,7 @@ def times_tiles(
     assert x.dtype == torch.float32, x.dtype
     assert x.is_contiguous(), x.stride()
     rows, inputs = x.shape
-    y, scratch = x.new_empty(rows, outputs), torch.empty_like(x)
+    y, scratch = x.new_empty(rows, outputs), x.new_empty(2, rows, inputs)
     library.lgpt_linear(
         matrix(tiles, outputs, inputs, scales),
         FORMATS[tiles.dtype],
