@@ -205,12 +205,12 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def _slowdown_of_bf16() -> float:
-    """How many times longer a bf16 product takes; 1 where the CPU has instructions for it.
+    """How many times longer a bf16 product takes; 1 where oneDNN has the CPU's instructions for it.
 
     Those are not measured: a moment's noise once in ten starts would mean float32 for a whole run,
     which was three times slower (AVX-512 BF16, two cores).
     """
-    if _has_bf16_instructions():
+    if _has_bf16_instructions() and onednn_multiplies_bf16():  # ONEDNN_MAX_CPU_ISA may forbid it
         return 1.0
     return _seconds_of_a_product(torch.bfloat16) / _seconds_of_a_product(torch.float32)
 

@@ -123,7 +123,10 @@ def test_what_a_cpu_has_instructions_for_is_not_measured(monkeypatch: pytest.Mon
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cpu, name, lambda: True)
+            patch.setattr(start, "onednn_multiplies_bf16", lambda: True)
             assert start._slowdown_of_bf16() == 1
+            patch.setattr(start, "onednn_multiplies_bf16", lambda: False)
+            assert start._slowdown_of_bf16() == 1000
 
 
 @pytest.mark.skipif(
