@@ -173,8 +173,9 @@ def sample(
     ),
     dtype: str = typer.Option(
         "auto",
-        help="of the weights: auto (bf16 where it is fast, else fp32), bf16, fp32, or int8, which "
-        "CPUs draw faster with and which changes pictures (`lgpt bench dtypes` shows how)",
+        help="of the weights: auto (bf16 where it is fast, else fp32), bf16, fp32, or int8, with "
+        "which CPUs that have AVX-512 draw one picture faster and which changes pictures; `lgpt "
+        "bench dtypes` shows both",
     ),
 ) -> None:
     """Draw pictures from prompts."""

@@ -154,11 +154,9 @@ def bench_dtypes_command(
 ) -> None:
     """Draw a model's pictures with fp32, bf16 and int8 weights: speed, and tokens changed."""
     from lgpt.sampling.bench_dtypes import bench_dtypes, dtypes_table
-    from lgpt.sampling.draw_to_file import prompts_from
+    from lgpt.sampling.draw_to_file import prompts_of
 
-    is_asked = bool(prompt) or prompts_file is not None
-    prompts = prompts_from(prompt or [], prompts_file, 0) if is_asked else []
-    result = bench_dtypes(model, prompts, out, guidance)
+    result = bench_dtypes(model, prompts_of(prompt or [], prompts_file), out, guidance)
     print_table(dtypes_table(result), result, as_json)
 
 

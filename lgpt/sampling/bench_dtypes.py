@@ -63,14 +63,14 @@ def bench_dtypes(
             written.
     """
     check_png(out, "--out")
-    pipelines = {REFERENCE: TextToImagePipeline.from_pretrained(folder, dtype=REFERENCE)}
+    reference = TextToImagePipeline.from_pretrained(folder, dtype=REFERENCE)
+    texts = _texts(reference, prompts, guidance)
+    pipelines = {REFERENCE: reference}
     for dtype in _OTHERS:
         try:
             pipelines[dtype] = TextToImagePipeline.from_pretrained(folder, dtype=dtype)
         except SettingsError as error:
             _logger.warning("bench dtypes: left out: %s", error)
-    reference = pipelines[REFERENCE]
-    texts = _texts(reference, prompts, guidance)
     choices = {**reference.sampling, "top_k": 1}
     if not prompts:
         choices["guidance"] = 1.0
@@ -119,6 +119,8 @@ def bench_dtypes(
 def _texts(
     pipeline: TextToImagePipeline, prompts: Sequence[str], guidance: Optional[float]
 ) -> list[Text]:
+    if pipeline.model.config.num_tokens < 2:
+        raise SettingsError("this model's pictures are one token: there is no rate to measure.")
     if pipeline.model.config.text_width is None:
         if prompts or guidance is not None:
             raise SettingsError(
@@ -204,13 +206,13 @@ def dtypes_table(result: dict[str, Any]) -> Table:
         f"time, guidance {result['guidance']:g}, {result['threads']} threads"
     )
     table.add_column("weights")
-    for name in ("GiB", "tokens/s", "of fp32's", "tokens changed", "at the same tokens before"):
+    for name in ("MiB", "tokens/s", "of fp32's", "tokens changed", "at the same tokens before"):
         table.add_column(name, justify="right")
     for name, measured in result["dtypes"].items():
         changed = [measured["changed_when_drawn"], measured["changed_at_same_tokens"]]
         table.add_row(
             name,
-            f"{measured['weight_bytes'] / 2**30:.2f}",
+            f"{measured['weight_bytes'] / 2**20:,.1f}",
             f"{measured['tokens_per_second']:.1f}",
             f"{measured['speedup']:.2f}x",
             *(("", "") if name == REFERENCE else (f"{share:.1%}" for share in changed)),

@@ -24,11 +24,28 @@ _logger = get_logger(__name__)
 def prompts_from(
     prompts: Sequence[str], prompts_file: Optional[Path], unconditional: int
 ) -> list[str]:
-    """The prompts of a command line: given ones, then the file's lines that are not empty.
+    """The prompts of a command line, or none where pictures without a prompt are wanted.
 
     Raises:
         SettingsError: There is nothing to draw, both kinds are wanted, or the file is missing or
             no text.
+    """
+    wanted = prompts_of(prompts, prompts_file)
+    if wanted and unconditional:
+        raise SettingsError(
+            f"--unconditional {unconditional} draws without prompts, but {len(wanted)} prompts "
+            "were given; run the command twice."
+        )
+    if not wanted and not unconditional:
+        raise SettingsError("nothing to draw: give --prompt, --prompts-file or --unconditional N.")
+    return wanted
+
+
+def prompts_of(prompts: Sequence[str], prompts_file: Optional[Path]) -> list[str]:
+    """Given prompts, then a file's lines that are not empty.
+
+    Raises:
+        SettingsError: The file is missing or no text.
     """
     wanted = list(prompts)
     if prompts_file is not None:
@@ -42,13 +59,6 @@ def prompts_from(
                 "UTF-8, one prompt a line."
             ) from None
         wanted += [line.strip() for line in lines if line.strip()]
-    if wanted and unconditional:
-        raise SettingsError(
-            f"--unconditional {unconditional} draws without prompts, but {len(wanted)} prompts "
-            "were given; run the command twice."
-        )
-    if not wanted and not unconditional:
-        raise SettingsError("nothing to draw: give --prompt, --prompts-file or --unconditional N.")
     return wanted
 
 

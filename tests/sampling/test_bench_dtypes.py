@@ -109,5 +109,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_drawn(
 ) -> None:
     with pytest.raises(SettingsError, match="nothing to draw: give --prompt or --prompts-file"):
         bench(folder, tmp_path / "seen.png")
+    empty = tmp_path / "prompts.txt"
+    empty.write_text("\n")
+    with pytest.raises(SettingsError, match=r"nothing to draw: give --prompt or --prompts-file\."):
+        bench(folder, tmp_path / "seen.png", "--prompts-file", str(empty))
     with pytest.raises(SettingsError, match=r"--out .*seen\.jpg must end in \.png"):
         bench(folder, tmp_path / "seen.jpg", prompts=PROMPTS)
