@@ -28,7 +28,11 @@ CASES: dict[str, dict[str, Any]] = {
     for precision in ("fp32", "bf16")
     if precision == "bf16" or stage > 1  # 1 is an optimizer of its own in bf16 alone
 }
-TOLERANCE = 5e-3  # of the way; the discriminator's end is 1.2e-3 away, the VQ-VAE's 7e-5
+# Of the way. A decision of a hinge that falls the other way goes on through the adaptive weight:
+# of weights that start 1e-6 apart, plain PyTorch's discriminators end up to 1.5e-2 apart (the
+# VQ-VAEs 6e-4).
+# Two ranks' end was 1.2e-3 and 7e-5 away with AVX2, 1.5e-2 with AVX-512.
+TOLERANCE = {"model": 5e-3, "discriminator": 2e-2}
 FLOAT32 = [name for name in CASES if name.endswith("fp32")]
 
 
@@ -149,7 +153,7 @@ def test_two_ranks_that_respond_end_where_plain_pytorch_ends(zero, plain, name, 
     wanted, start = plain.weights()[player], plain.start[player]
     got = distance(zero[name]["weights"][player], wanted, start)
     print(f"{name} {player}: {got:.1e} of the way apart")
-    assert got < TOLERANCE
+    assert got < TOLERANCE[player]
 
 
 def test_without_responses_both_players_end_elsewhere(config, plain):
@@ -158,7 +162,7 @@ def test_without_responses_both_players_end_elsewhere(config, plain):
     careless.train_with_care(responds=False)
     for player in ("model", "discriminator"):
         ends = careless.weights()[player], plain.weights()[player]
-        assert distance(*ends, plain.start[player]) > 20 * TOLERANCE
+        assert distance(*ends, plain.start[player]) > 5 * TOLERANCE[player]
 
 
 @pytest.mark.parametrize("name", FLOAT32)
