@@ -36,7 +36,7 @@ constexpr int LANES = 4, ROWS_AT_ONCE = 4, TILES_AT_ONCE = 1;
 constexpr int PARTS = TILE / LANES;
 // Asked from memory so many bytes before they are needed: the CPU itself looks no further than the
 // end of a page.
-constexpr int AHEAD = 1024;
+constexpr int AHEAD = 4096;
 constexpr int PACKED_LINES = 16;  // a cache line of each row
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
