@@ -71,6 +71,12 @@ def _plain_logits(model: LatentGPT) -> Tensor:
     return model(tokens, text, mask, null_text=torch.tensor([False, True, False]))
 
 
+def _rounds_activations() -> bool:
+    """Whether this CPU's bf16 products round their left side too (AVX-512 BF16)."""
+    ones, x = in_tiles(torch.ones(1, 2).bfloat16()), torch.tensor([[1 + 2**-10, 0.0]])
+    return times_tiles(cpu_library.cpu_library(), ones, 1, x).item() == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("norm", "mlp", "positions", "qk_norm"),
@@ -89,12 +95,14 @@ def test_every_option_gives_the_plain_model_s_logits_at_every_position(
     plain_error = (_plain_logits(model).float() - expected).abs().max()
     assert pack_for_decoding(model)
     assert all(block.cached_step is not None for block in model.blocks)
-    # So are the activations on CPUs with AVX-512 BF16, where the errors are about the same.
-    allowed = 1e-4 if dtype == torch.float32 else 1.2 * plain_error
+    cached_allowed = 1e-4 if dtype == torch.float32 else plain_error
+    plain_allowed = torch.tensor(1e-4)
+    if dtype == torch.bfloat16 and _rounds_activations():  # the errors are about the same then
+        cached_allowed = plain_allowed = 1.2 * plain_error
     for given in (0, 7):
         error = (_cached_logits(model, given) - expected[:, given:]).abs().max()
-        assert error < allowed, (given, error)
-    assert (_plain_logits(model) - expected).abs().max() < allowed
+        assert error < cached_allowed, (given, error)
+    assert (_plain_logits(model) - expected).abs().max() <= plain_allowed
 
 
 def test_with_bf16_products_the_error_is_that_of_rounded_activations(library: object) -> None:

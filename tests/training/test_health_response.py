@@ -162,7 +162,7 @@ def test_without_responses_both_players_end_elsewhere(config, plain):
     careless.train_with_care(responds=False)
     for player in ("model", "discriminator"):
         ends = careless.weights()[player], plain.weights()[player]
-        assert distance(*ends, plain.start[player]) > 5 * TOLERANCE[player]
+        assert distance(*ends, plain.start[player]) > 0.1
 
 
 @pytest.mark.parametrize("name", FLOAT32)
