@@ -163,17 +163,13 @@ struct Bf16 {
     }
 };
 
-struct Int8 {
-    using Operand = uint16_t;
-    using Kept = uint16_t;
+struct Int8 : Bf16 {
     using Word = uint16_t;
-    using Sum = Floats16;
-    static constexpr int INPUTS_A_LINE = 2;
     static constexpr bool IS_SCALED = true;
 
     template <int ROWS>
     static void add(const Word* line, const Operand* x, int64_t stride, Sum (&sums)[ROWS]) {
-        Bf16::add_pairs(bf16_pairs_at(line), x, stride, sums);
+        add_pairs(bf16_pairs_at(line), x, stride, sums);
     }
 };
 #else
@@ -198,12 +194,8 @@ struct Bf16 {
     }
 };
 
-struct Int8 {
-    using Operand = float;
-    using Kept = uint16_t;
+struct Int8 : Bf16 {
     using Word = uint16_t;
-    using Sum = Float32::Sum;
-    static constexpr int INPUTS_A_LINE = 2;
     static constexpr bool IS_SCALED = true;
 
     template <int ROWS>
