@@ -23,12 +23,11 @@ from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.attention import product_dtype
-from lgpt.models.cpu_block import pack_for_decoding
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.planning.parameters import transformer_surroundings
 from lgpt.sampling.bench_peers import Gpt2Sampler, LlamaGenSampler
 from lgpt.sampling.generate import generate_tokens
-from lgpt.sampling.pipeline import fastest_dtype, pack_int8
+from lgpt.sampling.pipeline import fastest_dtype, lay_out_for_drawing
 from lgpt.settings.phases import TransformerRun
 
 OURS, LLAMAGEN, GPT2 = "lgpt", "LlamaGen's sampler", "transformers' GPT2"
@@ -132,12 +131,7 @@ class _Ours:
         ]
         rest = self.parameters_count - sum(weight.numel() for weight in once)
         self.weight_bytes = rest * dtype.itemsize
-        if dtype == torch.int8:
-            pack_int8(model, device)
-        else:
-            model.to(device, dtype)
-            if device.type == "cpu":
-                pack_for_decoding(model)
+        lay_out_for_drawing(model, device, dtype)
         self.model = model
 
     def bytes_per_step(self, batch: int, words: int, places: float) -> float:

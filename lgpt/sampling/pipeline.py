@@ -109,12 +109,8 @@ class TextToImagePipeline:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = fastest_dtype(device) if dtype == "auto" else _DTYPES[dtype]
         model = LatentGPT.from_pretrained(source)
-        if chosen == torch.int8:
-            pack_int8(model, device)
-        else:
-            model.to(device, chosen)
-            if device.type == "cpu" and not pack_for_decoding(model) and dtype == "auto":
-                pack_for_decoding(model.float())  # an odd width, which bf16 cannot be packed with
+        if not lay_out_for_drawing(model, device, chosen) and dtype == "auto":
+            pack_for_decoding(model.float())  # an odd width, which bf16 cannot be packed with
         vqvae = VQVAE.from_pretrained(source / parts.get("vqvae", "vqvae")).to(device)
         digest = parts.get("text_encoder_digest")
         return cls(model, vqvae, name, parts.get("sampling"), digest)
@@ -324,12 +320,23 @@ class TextToImagePipeline:
         return to_pil(self.vqvae.decode(tokens).float().cpu())
 
 
-def pack_int8(model: LatentGPT, device: torch.device) -> None:
-    """Round a model on the CPU to 8 bits for drawing, in place.
+def lay_out_for_drawing(model: LatentGPT, device: torch.device, dtype: torch.dtype) -> bool:
+    """Put a model that is on the CPU where and in what it draws, in place; packed on a CPU.
+
+    Args:
+        model: In any dtype.
+        device: Where it draws.
+        dtype: float32, bf16, or int8 on a CPU.
+
+    Returns:
+        False where it draws on a CPU and could not be packed; it is in the dtype all the same.
 
     Raises:
-        SettingsError: Drawing is meant for another device, or it cannot be done here.
+        SettingsError: There can be no int8 here.
     """
+    if dtype != torch.int8:
+        model.to(device, dtype)
+        return device.type != "cpu" or pack_for_decoding(model)
     if device.type != "cpu":
         raise SettingsError(f"dtype int8 draws on CPUs alone, and this is {device}: take bf16.")
     if not pack_for_decoding(model, int8=True):
@@ -337,6 +344,7 @@ def pack_int8(model: LatentGPT, device: torch.device) -> None:
             "dtype int8 needs a C++ compiler (g++, clang++, or what CXX names) and even widths (of "
             "the model and its feed-forward): take bf16 or fp32."
         )
+    return True
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
