@@ -8,9 +8,11 @@ a cache the model still computes in PyTorch, on the same matrices.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lgpt.models import cpu_library as native
@@ -47,7 +49,12 @@ def pack_for_decoding(model: LatentGPT, *, int8: bool = False) -> bool:
             if isinstance(child, (nn.Linear, TokenHead)):
                 setattr(module, name, CpuLinear(child, library, int8=int8))
     model.float()  # norms and embeddings; the matrices are no parameters any more
-    model.cache_dtype = torch.bfloat16 if int8 else dtype
+    kept = torch.bfloat16 if int8 else dtype
+
+    def empty_cache(shape: tuple[int, int, int, int], *_: Any) -> TiledCache:
+        return TiledCache.empty(shape, kept)
+
+    model.empty_cache = empty_cache
     for module in model.modules():
         if isinstance(module, Block):
             module.cached_step = _CachedStep(module, library)
@@ -99,6 +106,40 @@ class CpuLinear(nn.Module):
         )
 
 
+@dataclass
+class TiledCache:
+    """Keys and values as the library reads and writes them, in bf16 or float32.
+
+    Both are matrices whose positions and K are filled up to whole tiles: of each picture and head
+    keys [P, K] lie as `in_tiles` has them, and values as [P/2, K, 2], or in float32 [P, K].
+    """
+
+    keys: Float[Tensor, "batch heads numbers"]
+    values: Float[Tensor, "batch heads numbers"]
+    positions: int
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], dtype: torch.dtype) -> TiledCache:
+        """With room for [B, L, N, K]."""
+        batch, positions, heads, head_width = shape
+        numbers = _filled_up(positions) * _filled_up(head_width)
+        return cls(*(torch.zeros(batch, heads, numbers, dtype=dtype) for _ in range(2)), positions)
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, dtype: torch.dtype) -> TiledCache:
+        """Of these keys and values, each [B, N, P, K]."""
+        positions, head_width = keys.shape[2:]
+        filling = (0, -head_width % native.TILE, 0, -positions % native.TILE)
+        keys, values = (nn.functional.pad(tensor.to(dtype), filling) for tensor in (keys, values))
+        if dtype == torch.bfloat16:
+            values = values.unflatten(2, (-1, 2)).transpose(-2, -1)
+        return cls(native.in_tiles(keys).flatten(2), values.flatten(2), positions)
+
+
+def _filled_up(count: int) -> int:
+    return count + -count % native.TILE
+
+
 class _CachedStep:
     """A block's positions from `position` on, beside what its cache holds."""
 
@@ -134,28 +175,26 @@ class _CachedStep:
         cache: BlockCache,
         position: int,
     ) -> Tensor:
+        kept = cache.image
         if cache.text is None:
-            keys, values = self._keys_values(text)
-            cache.text = (keys.contiguous(), values.contiguous())
+            cache.text = TiledCache.of(*self._keys_values(text), kept.keys.dtype)
         batch, length, _ = x_BLD.shape
-        kept, words = cache.image, text.shape[1]
-        positions = kept.keys.shape[1]
-        assert kept.keys.stride() == kept.values.stride(), kept.values.stride()
         assert kept.keys.dtype == self._kept_dtype, kept.keys.dtype
-        assert position + length <= positions, (position, length, positions)
+        assert position + length <= kept.positions, (position, length, kept.positions)
         x_BLD = x_BLD.clone(memory_format=torch.contiguous_format)  # written over
-        sizes = (batch, length, positions, words)
+        threads = native.threads_for(batch * length * self._weights)
+        sizes = (batch, length, kept.positions, cache.text.positions, threads)
         scratch = x_BLD.new_empty(self._library.lgpt_scratch_floats(self._block, *sizes))
         cos, sin = (None, None) if rotation is None else rotation
-        tensors = (cos, sin, *cache.text, text_mask)
+        tensors = (cos, sin, cache.text.keys, cache.text.values, text_mask)
         call = native.Call(
             x_BLD.data_ptr(),
             *(batch, length, position),
-            *(kept.keys.data_ptr(), kept.values.data_ptr(), positions, *kept.keys.stride()[:3]),
+            *(kept.keys.data_ptr(), kept.values.data_ptr(), kept.positions),
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-            words,
+            cache.text.positions,
             scratch.data_ptr(),
-            native.threads_for(batch * length * self._weights),
+            threads,
         )
         self._library.lgpt_block(self._block, call)
         return x_BLD

@@ -1,16 +1,18 @@
 // One block of LatentGPT on a CPU, in one call: what lgpt/models/cpu_block.py draws pictures with.
 //
-// A drawn token needs every weight once, so it cannot come sooner than the weights come from memory.
-// They lie here in the order in which they are read, in bf16 where the model is or in 8 bits, and
-// become float32 in registers, as do the kept keys and values; all between two products stays in
-// cache. Activations are float32, except that CPUs with AVX-512 BF16 round a product's left side to
-// bf16, as their own instruction wants it; an 8-bit weight is a bf16 number as it is.
+// A drawn token needs every weight, and every key and value that is kept, once, so it cannot come
+// sooner than they come from memory. They lie here in the order in which they are read, in bf16 where
+// the model is (or its weights in 8 bits), and become float32 in registers; all between two products
+// stays in cache. Activations are float32, except that CPUs with AVX-512 BF16 round a product's left
+// side to bf16, as their own instruction wants it: queries and attention's weights too. An 8-bit
+// weight is a bf16 number as it is.
 //
 // No row's result depends on the rows beside it: each sum has one order, whatever the batch.
 //
 // Shapes: B pictures, n new positions of each, R = B n rows, D width, N heads, K head width,
 // T text tokens. No exceptions, no allocation: the caller owns all memory.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -34,6 +36,7 @@ constexpr int LANES = 8, ROWS_AT_ONCE = 5, TILES_AT_ONCE = 1;  // 5 x 2 of 16 re
 constexpr int LANES = 4, ROWS_AT_ONCE = 4, TILES_AT_ONCE = 1;
 #endif
 constexpr int PARTS = TILE / LANES;
+constexpr int ROW_TILES = LANES < 8 ? 2 : 4;  // side by side where there is one row
 // Asked from memory so many bytes before they are needed: the CPU itself looks no further than the
 // end of a page.
 constexpr int AHEAD = 4096;
@@ -43,7 +46,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef int16_t Pairs __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef uint16_t UnsignedHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 inline Floats floats_at(const float* place) { return *reinterpret_cast<const Floats*>(place); }
 inline Words words_at(const uint32_t* place) { return *reinterpret_cast<const Words*>(place); }
@@ -53,14 +55,6 @@ inline uint16_t rounded_to_bf16(float value) {
     std::memcpy(&bits, &value, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN stays one
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float widened(float value) { return value; }
-inline float widened(uint16_t bf16) {
-    const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
 }
 
 inline void put(float* place, float value) { *place = value; }
@@ -90,8 +84,9 @@ inline float exponential(float x) {
 
 struct Float32 {
     using Operand = float;  // what multiplies the matrix
-    using Kept = float;     // keys and values in the cache
     using Word = float;     // what a tile's lines are made of
+    using Cache = Float32;  // the format of keys and values, and of one number of them
+    using Kept = float;
     struct Sum {
         Floats parts[PARTS];
     };
@@ -142,8 +137,9 @@ inline Words16 bf16_pairs_at(const uint16_t* line) {
 
 struct Bf16 {
     using Operand = uint16_t;
-    using Kept = uint16_t;
     using Word = uint32_t;
+    using Cache = Bf16;
+    using Kept = uint16_t;
     using Sum = Floats16;
     static constexpr int INPUTS_A_LINE = 2;
     static constexpr bool IS_SCALED = false;
@@ -175,8 +171,9 @@ struct Int8 : Bf16 {
 #else
 struct Bf16 {
     using Operand = float;
-    using Kept = uint16_t;
     using Word = uint32_t;
+    using Cache = Bf16;
+    using Kept = uint16_t;
     using Sum = Float32::Sum;
     static constexpr int INPUTS_A_LINE = 2;
     static constexpr bool IS_SCALED = false;
@@ -214,23 +211,68 @@ struct Int8 : Bf16 {
 };
 #endif
 
-// TILES tiles, one behind the other, times ROWS rows: one behind the other too, or, if they are
-// packed, beside each other, [inputs/INPUTS_A_LINE][ROWS][INPUTS_A_LINE].
-template <typename Format, int ROWS, int TILES, bool IS_PACKED>
-inline void products(const typename Format::Word* tile, const typename Format::Operand* x,
-                     int64_t inputs, float (*out)[ROWS][TILE]) {
-    const int64_t row_stride = IS_PACKED ? Format::INPUTS_A_LINE : inputs;
-    const int64_t line_stride = Format::INPUTS_A_LINE * (IS_PACKED ? ROWS : 1);
+// TILES tiles of `count` lines each times ROWS rows. `ahead(i, t)` asks memory for what is needed
+// some time after line i of tile t.
+template <typename Format, int ROWS, int TILES, typename Ahead>
+inline void products(const typename Format::Word* lines, int64_t count, int64_t line_words,
+                     int64_t tile_words, const typename Format::Operand* x, int64_t x_line,
+                     int64_t x_row, const Ahead& ahead, float (*out)[ROWS][TILE]) {
     typename Format::Sum sums[TILES][ROWS] = {};
     static_assert(sizeof(typename Format::Sum) == sizeof(float) * TILE, "out is a copy of sums");
-    const int64_t lines = inputs / Format::INPUTS_A_LINE;
-    for (int64_t i = 0; i < lines; ++i)
+    for (int64_t i = 0; i < count; ++i)
         for (int t = 0; t < TILES; ++t) {
-            const typename Format::Word* line = tile + (t * lines + i) * TILE;
-            __builtin_prefetch(reinterpret_cast<const char*>(line) + AHEAD);
-            Format::add(line, x + i * line_stride, row_stride, sums[t]);
+            ahead(i, t);
+            Format::add(lines + i * line_words + t * tile_words, x + i * x_line, x_row, sums[t]);
         }
     std::memcpy(out, sums, sizeof sums);
+}
+
+// Inlined or not at all: GCC takes a function that only asks for memory for one that does nothing,
+// and drops its calls.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+ALWAYS_INLINE void ask_for(uintptr_t address) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+}
+
+// What is read from front to back, and what after it.
+class Reading {
+  public:
+    Reading(const void* here, int64_t bytes, const void* next, int64_t ahead)
+        : here_(reinterpret_cast<uintptr_t>(here)),
+          next_(reinterpret_cast<uintptr_t>(next) - bytes),
+          bytes_(bytes),
+          ahead_(ahead) {}
+    // Ask memory for what comes `ahead` bytes after the one at `offset`.
+    ALWAYS_INLINE void ask(int64_t offset) const {
+        offset += ahead_;
+        ask_for((offset < bytes_ ? here_ : next_) + offset);
+    }
+
+  private:
+    uintptr_t here_, next_;
+    int64_t bytes_, ahead_;
+};
+
+// ---- threads ----------------------------------------------------------------------------------
+
+// A thread among those of a call. All of them are there once the first loop is shared.
+struct Worker {
+    int64_t number;
+    const std::atomic<int64_t>& team;
+};
+
+// Share the items 0 .. count among the threads, each told its next one along with the one at hand:
+// so that memory can be asked for it in time. Thread k starts with item k.
+template <typename Work>
+inline void share(const Worker& worker, std::atomic<int64_t>& taken, int64_t count,
+                  const Work& work) {
+    for (int64_t item = worker.number; item < count;) {
+        const int64_t next = worker.team + taken++;
+        work(item, next < count ? next : item);
+        item = next;
+    }
+#pragma omp barrier
 }
 
 }  // namespace
@@ -262,10 +304,10 @@ struct LgptBlock {
 struct LgptCall {
     float* x;  // [B, n, D], read and written
     int64_t batch, length, position;
-    void *keys, *values;  // [B, positions, N, K], float32 or else bf16; written from `position` on
-    int64_t positions, picture_stride, position_stride, head_stride;
+    void *keys, *values;  // [B, N] heads of `positions`; written from `position` on
+    int64_t positions;
     const float *cos, *sin;  // [n, K/2]; null: no rotation
-    const float *text_keys, *text_values;  // [B, N, T, K]
+    const void *text_keys, *text_values;  // [B, N] heads of T positions
     const float* text_mask;  // [B, T], added to the scores; null: all seen
     int64_t words;
     float* scratch;  // see lgpt_scratch_floats
@@ -280,11 +322,16 @@ namespace {
 template <typename Format, int ROWS, int TILES, bool IS_PACKED = false>
 inline void rows_times_tiles(const LgptMatrix& m, int64_t tile, const typename Format::Operand* x,
                              float* y, bool is_added) {
+    constexpr int WIDTH = Format::INPUTS_A_LINE;
     float out[TILES][ROWS][TILE];
-    const auto* tiles = static_cast<const typename Format::Word*>(m.tiles);
-    products<Format, ROWS, TILES, IS_PACKED>(
-        tiles + tile * TILE * (m.inputs / Format::INPUTS_A_LINE), x,
-                                  m.inputs, out);
+    const int64_t lines = m.inputs / WIDTH;
+    const auto* words = static_cast<const typename Format::Word*>(m.tiles) + tile * TILE * lines;
+    const auto ahead = [&](int64_t i, int t) __attribute__((always_inline)) {
+        __builtin_prefetch(reinterpret_cast<const char*>(words + (t * lines + i) * TILE) + AHEAD);
+    };
+    products<Format, ROWS, TILES>(words, lines, TILE, lines * TILE, x,
+                                  IS_PACKED ? ROWS * WIDTH : WIDTH, IS_PACKED ? WIDTH : m.inputs,
+                                  ahead, out);
     for (int t = 0; t < TILES; ++t) {
         const int64_t first = (tile + t) * TILE;
         const int64_t count = m.outputs - first < TILE ? m.outputs - first : TILE;
@@ -396,74 +443,99 @@ inline void normalise_rows(const LgptNorm& norm, const float* x, Out* out, int64
 }
 
 // ---- attention --------------------------------------------------------------------------------
+// Keys and values of one picture and head are two matrices in tiles, K and positions filled up to
+// whole tiles: keys [positions, K] as every matrix, values [K, positions] with tiles side by side,
+// [positions/INPUTS_A_LINE][K][INPUTS_A_LINE], so that both are read from front to back.
 
-inline Floats widened_at(const float* place) { return floats_at(place); }
-inline Floats widened_at(const uint16_t* bf16) {
-    const auto halves = *reinterpret_cast<const UnsignedHalves*>(bf16);
-    return (Floats)(__builtin_convertvector(halves, Words) << 16);
-}
+inline int64_t filled_up(int64_t count) { return (count + TILE - 1) / TILE * TILE; }
 
-// Of two vectors `width` long. WIDTH, where it is not 0, is the width: then all stays in registers.
-template <int WIDTH, typename Kept>
-inline float dot_product(const float* q, const Kept* key, int64_t width) {
-    float score = 0;
-    if constexpr (WIDTH % LANES == 0 && WIDTH > 0) {
-        Floats sums = {};
-        for (int i = 0; i < WIDTH; i += LANES) sums += floats_at(q + i) * widened_at(key + i);
-        float parts[LANES];
-        std::memcpy(parts, &sums, sizeof sums);
-#pragma omp simd reduction(+ : score)
-        for (int i = 0; i < LANES; ++i) score += parts[i];
-    } else {
-#pragma omp simd reduction(+ : score)
-        for (int64_t i = 0; i < width; ++i) score += q[i] * widened(key[i]);
-    }
-    return score;
-}
+// Where a position's key and value are.
+template <typename Kept, int WIDTH>
+struct Place {
+    Kept *key, *value;  // every TILE-th group of WIDTH numbers, and every WIDTH-th number
 
-// The values, each times its weight, added up; `sums` has room for `width`.
-template <int WIDTH, typename Kept>
-inline void weighted_sum(const float* weights, const Kept* values, int64_t stride, int64_t count,
-                         int64_t width, float* sums) {
-    if constexpr (WIDTH % LANES == 0 && WIDTH > 0) {
-        Floats parts[WIDTH / LANES] = {};
-        for (int64_t s = 0; s < count; ++s)
-            for (int i = 0; i < WIDTH / LANES; ++i)
-                parts[i] += widened_at(values + s * stride + i * LANES) * weights[s];
-        std::memcpy(sums, parts, sizeof parts);
-    } else {
-        std::memset(sums, 0, sizeof(float) * width);
-        for (int64_t s = 0; s < count; ++s) {
-            const Kept* value = values + s * stride;
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i) sums[i] += weights[s] * widened(value[i]);
+    Place(Kept* keys, Kept* values, int64_t position, int64_t width)
+        : key(keys + position / TILE * TILE * width + position % TILE * WIDTH),
+          value(values + position / WIDTH * WIDTH * width + position % WIDTH) {}
+
+    void write(const float* new_key, const float* new_value, int64_t width) const {
+        for (int64_t i = 0; i < width; ++i) {
+            put(key + i / WIDTH * WIDTH * TILE + i % WIDTH, new_key[i]);
+            put(value + i * WIDTH, new_value[i]);
         }
     }
-}
 
-// softmax(q k^T + mask) v of one query of one head; `scores` has room for `count`.
-template <int WIDTH, typename Kept, typename Out>
-inline void attend_at_width(const float* q, const Kept* keys, const Kept* values, int64_t stride,
-                            int64_t count, const float* mask, int64_t head_width, float* scores,
-                            float* sums, Out* out) {
-    float largest = -INFINITY, total = 0;
-    for (int64_t s = 0; s < count; ++s) {
-        const float score = dot_product<WIDTH>(q, keys + s * stride, head_width);
-        scores[s] = mask == nullptr ? score : score + mask[s];
-        largest = scores[s] > largest ? scores[s] : largest;
+    // Ask memory for it.
+    ALWAYS_INLINE void ask(int64_t width) const {
+        for (int64_t i = 0; i < width; i += WIDTH) __builtin_prefetch(key + i * TILE, 1);
+        for (int64_t i = 0; i < width * WIDTH; i += 64 / static_cast<int64_t>(sizeof(Kept)))
+            __builtin_prefetch(value + i, 1);
     }
-#pragma omp simd
-    for (int64_t s = 0; s < count; ++s)
-        scores[s] = scores[s] == -INFINITY ? 0.0f : exponential(scores[s] - largest);
-    for (int64_t s = 0; s < count; ++s) total += scores[s];
-    weighted_sum<WIDTH>(scores, values, stride, count, head_width, sums);
-    for (int64_t i = 0; i < head_width; ++i) put(out + i, sums[i] / total);
+};
+
+// One row times tiles [tile, tiles), several at once: their sums need not wait for each other.
+template <typename Format, int TILES>
+inline void row_times_tiles(const void* words, int64_t lines, int64_t line_words,
+                            int64_t tile_words, int64_t tile, int64_t tiles,
+                            const typename Format::Operand* x, const Reading& reading, float* out) {
+    for (; tile + TILES <= tiles; tile += TILES) {
+        const int64_t first = tile * tile_words;
+        const auto ahead = [&](int64_t i, int t) __attribute__((always_inline)) {
+            reading.ask((first + i * line_words + t * tile_words) * 4);
+        };
+        products<Format, 1, TILES>(static_cast<const typename Format::Word*>(words) + first, lines,
+                                   line_words, tile_words, x, Format::INPUTS_A_LINE, 0, ahead,
+                                   reinterpret_cast<float(*)[1][TILE]>(out + tile * TILE));
+    }
+    if constexpr (TILES > 1)
+        row_times_tiles<Format, TILES / 2>(words, lines, line_words, tile_words, tile, tiles, x,
+                                           reading, out);
 }
 
-template <typename... Arguments>
-inline void attend(int64_t head_width, Arguments... arguments) {
-    if (head_width == 64) attend_at_width<64>(arguments...);
-    else attend_at_width<0>(arguments...);
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t room_of_a_thread(const LgptBlock& b, int64_t positions, int64_t words) {
+    const int64_t width = filled_up(b.width / b.heads);
+    const int64_t most = filled_up(larger(positions, words));
+    return most + width + larger(most, width);
+}
+
+// softmax(q k^T + mask) v of one query of one head over `count` positions; `next` is read after it.
+template <typename Cache>
+inline void attend(const float* q, const typename Cache::Kept* keys,
+                   const typename Cache::Kept* values, int64_t count, const float* mask,
+                   int64_t width, float* room, const void* next, typename Cache::Operand* out) {
+    constexpr int WIDTH = Cache::INPUTS_A_LINE;
+    const int64_t whole = filled_up(width), seen = filled_up(count), key_lines = whole / WIDTH;
+    const int64_t ahead = ROW_TILES * key_lines * TILE * 4;
+    const int64_t key_bytes = seen * whole * sizeof *keys;
+    const int64_t value_lines = (count + WIDTH - 1) / WIDTH;
+    float *scores = room, *sums = scores + seen;
+    auto* left = reinterpret_cast<typename Cache::Operand*>(sums + whole);
+    for (int64_t i = 0; i < width; ++i) put(left + i, q[i]);
+    for (int64_t i = width; i < whole; ++i) put(left + i, 0.0f);
+    row_times_tiles<Cache, ROW_TILES>(keys, key_lines, TILE, key_lines * TILE, 0, seen / TILE, left,
+                                      Reading(keys, key_bytes, values, ahead), scores);
+    if (mask != nullptr)
+        for (int64_t s = 0; s < count; ++s) scores[s] += mask[s];
+    for (int64_t s = count; s < seen; ++s) scores[s] = -INFINITY;
+    Floats most = floats_at(scores);
+    for (int64_t s = LANES; s < seen; s += LANES) {
+        const Floats here = floats_at(scores + s);
+        most = here > most ? here : most;
+    }
+    float largest = most[0], total = 0;
+    for (int i = 1; i < LANES; ++i) largest = most[i] > largest ? most[i] : largest;
+#pragma omp simd reduction(+ : total)
+    for (int64_t s = 0; s < seen; ++s) {
+        const float weight = scores[s] == -INFINITY ? 0.0f : exponential(scores[s] - largest);
+        total += weight;
+        put(left + s, weight);
+    }
+    row_times_tiles<Cache, ROW_TILES>(
+        values, value_lines, whole, TILE, 0, whole / TILE, left,
+        Reading(values, value_lines * WIDTH * whole * sizeof *values, next, ahead), sums);
+    for (int64_t i = 0; i < width; ++i) put(out + i, sums[i] / total);
 }
 
 // Turn the pairs (x_j, x_{j+K/2}) by their angles.
@@ -475,14 +547,20 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
-// One picture and head: queries and keys normalised and turned, keys and values kept, then attended.
-template <typename Kept, typename Out>
-inline void self_attention(const LgptBlock& b, const LgptCall& c, int64_t picture, int64_t head,
-                           float* qkv, Out* attended, float* room) {
+// One picture and head, `item` of all: queries and keys normalised and turned, keys and values
+// kept, then attended. Reading goes on at the head `next`.
+template <typename Cache>
+inline void self_attention(const LgptBlock& b, const LgptCall& c, int64_t item, int64_t next,
+                           float* qkv, typename Cache::Operand* attended, float* room) {
+    const int64_t picture = item / b.heads, head = item % b.heads;
     const int64_t K = b.width / b.heads, half = K / 2;
+    const int64_t whole = filled_up(K), size = filled_up(c.positions) * whole;
     const float shrink = 1.0f / std::sqrt(static_cast<float>(K));
-    const int64_t start = picture * c.picture_stride + head * c.head_stride;
-    Kept *keys = static_cast<Kept*>(c.keys) + start, *values = static_cast<Kept*>(c.values) + start;
+    auto* keys = static_cast<typename Cache::Kept*>(c.keys) + item * size;
+    auto* values = static_cast<typename Cache::Kept*>(c.values) + item * size;
+    using PlaceOf = Place<typename Cache::Kept, Cache::INPUTS_A_LINE>;
+    const int64_t on = (next - item) * size;
+    PlaceOf(keys + on, values + on, c.position, whole).ask(K);
     for (int64_t j = 0; j < c.length; ++j) {
         float* q = qkv + (picture * c.length + j) * 3 * b.width + head * K;
         float *k = q + b.width, *v = k + b.width;
@@ -492,32 +570,35 @@ inline void self_attention(const LgptBlock& b, const LgptCall& c, int64_t pictur
             rotate(q, c.cos + j * half, c.sin + j * half, half);
             rotate(k, c.cos + j * half, c.sin + j * half, half);
         }
-        const int64_t place = (c.position + j) * c.position_stride;
-        for (int64_t i = 0; i < K; ++i) {
-            q[i] *= shrink;
-            put(keys + place + i, k[i]);
-            put(values + place + i, v[i]);
-        }
+        for (int64_t i = 0; i < K; ++i) q[i] *= shrink;
+        PlaceOf(keys, values, c.position + j, whole).write(k, v, K);
     }
     for (int64_t j = 0; j < c.length; ++j) {
         const int64_t row = picture * c.length + j;
-        attend(K, qkv + row * 3 * b.width + head * K, keys, values, c.position_stride,
-               c.position + j + 1, nullptr, K, room + K, room, attended + row * b.width + head * K);
+        attend<Cache>(qkv + row * 3 * b.width + head * K, keys, values, c.position + j + 1, nullptr,
+                      K, room, keys + on, attended + row * b.width + head * K);
     }
 }
 
-template <typename Out>
-inline void cross_attention(const LgptBlock& b, const LgptCall& c, int64_t row, int64_t head,
-                            float* queries, Out* attended, float* room) {
-    const int64_t K = b.width / b.heads, picture = row / c.length;
+template <typename Cache>
+inline void cross_attention(const LgptBlock& b, const LgptCall& c, int64_t item, int64_t next,
+                            float* queries, typename Cache::Operand* attended, float* room) {
+    const int64_t picture = item / b.heads, head = item % b.heads, K = b.width / b.heads;
+    const int64_t size = filled_up(c.words) * filled_up(K);
     const float shrink = 1.0f / std::sqrt(static_cast<float>(K));
-    float* q = queries + row * b.width + head * K;
-    normalise(b.cross_q_norm, q, q, K);
-    for (int64_t i = 0; i < K; ++i) q[i] *= shrink;
-    const int64_t first = (picture * b.heads + head) * c.words * K;
-    attend(K, q, c.text_keys + first, c.text_values + first, K, c.words,
-           c.text_mask == nullptr ? nullptr : c.text_mask + picture * c.words, K, room + K, room,
-           attended + row * b.width + head * K);
+    const auto* keys = static_cast<const typename Cache::Kept*>(c.text_keys) + item * size;
+    const auto* values = static_cast<const typename Cache::Kept*>(c.text_values) + item * size;
+    const float* mask = c.text_mask == nullptr ? nullptr : c.text_mask + picture * c.words;
+    int64_t seen = c.words;
+    while (mask != nullptr && seen > 1 && mask[seen - 1] == -INFINITY) --seen;
+    for (int64_t j = 0; j < c.length; ++j) {
+        const int64_t row = picture * c.length + j;
+        float* q = queries + row * b.width + head * K;
+        normalise(b.cross_q_norm, q, q, K);
+        for (int64_t i = 0; i < K; ++i) q[i] *= shrink;
+        attend<Cache>(q, keys, values, seen, mask, K, room, keys + (next - item) * size,
+                      attended + row * b.width + head * K);
+    }
 }
 
 // ---- the block --------------------------------------------------------------------------------
@@ -539,12 +620,6 @@ inline void activate(const LgptBlock& b, const float* up, Out* out, int64_t rows
     }
 }
 
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-int64_t room_of_a_head(const LgptBlock& b, int64_t positions, int64_t words) {
-    return b.width / b.heads + larger(positions, words);
-}
-
 // Of a row of what a product gives, and of what goes into one.
 int64_t wide_floats(const LgptBlock& b) {
     return larger(b.is_gated ? 2 * b.inner : b.inner, 3 * b.width);
@@ -554,29 +629,30 @@ int64_t left_floats(const LgptBlock& b) { return larger(b.inner, b.width); }
 template <typename Format>
 void run(const LgptBlock& b, const LgptCall& c) {
     using Operand = typename Format::Operand;
-    const int64_t rows = c.batch * c.length;
+    using Cache = typename Format::Cache;
+    const int64_t rows = c.batch * c.length, heads = c.batch * b.heads;
     float* wide = c.scratch;
     Operand* left = reinterpret_cast<Operand*>(wide + rows * wide_floats(b));
     Operand* packed = left + rows * left_floats(b);
     float* rooms = wide + rows * (wide_floats(b) + 2 * left_floats(b));
-    const int64_t room_size = room_of_a_head(b, c.positions, c.words);
+    const int64_t room_size = room_of_a_thread(b, c.positions, c.words);
+    std::atomic<int64_t> team{0}, taken[2] = {};
 #pragma omp parallel num_threads(c.threads)
     {
+        const Worker worker{team++, team};
+        float* room = rooms + worker.number * room_size;
         normalise_rows(b.self_norm, c.x, left, rows, b.width);
         multiply<Format>(b.qkv, left, wide, rows, false, packed);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < c.batch * b.heads; ++i)
-            self_attention<typename Format::Kept>(b, c, i / b.heads, i % b.heads, wide, left,
-                                                  rooms + i * room_size);
+        share(worker, taken[0], heads, [&](int64_t item, int64_t next) {
+            self_attention<Cache>(b, c, item, next, wide, left, room);
+        });
         multiply<Format>(b.out, left, c.x, rows, true, packed);
 
         normalise_rows(b.cross_norm, c.x, left, rows, b.width);
         multiply<Format>(b.cross_q, left, wide, rows, false, packed);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < c.batch * b.heads; ++i)
-            for (int64_t j = 0; j < c.length; ++j)
-                cross_attention(b, c, i / b.heads * c.length + j, i % b.heads, wide, left,
-                                rooms + i * room_size);
+        share(worker, taken[1], heads, [&](int64_t item, int64_t next) {
+            cross_attention<Cache>(b, c, item, next, wide, left, room);
+        });
         multiply<Format>(b.cross_out, left, c.x, rows, true, packed);
 
         normalise_rows(b.mlp_norm, c.x, left, rows, b.width);
@@ -604,9 +680,9 @@ extern "C" {
 
 // Floats of scratch that lgpt_block needs.
 int64_t lgpt_scratch_floats(const LgptBlock* b, int64_t batch, int64_t length, int64_t positions,
-                            int64_t words) {
+                            int64_t words, int32_t threads) {
     return batch * length * (wide_floats(*b) + 2 * left_floats(*b)) +
-           batch * b->heads * room_of_a_head(*b, positions, words);
+           threads * room_of_a_thread(*b, positions, words);
 }
 
 void lgpt_block(const LgptBlock* b, const LgptCall* c) {

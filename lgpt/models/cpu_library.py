@@ -39,7 +39,7 @@ _COMPILE_SECONDS = 300
 # Some 0.1 ms. Threads meet a dozen times a block, and each time wait for one whose core is busy.
 _MULTIPLICATIONS_A_THREAD = 1 << 21
 _UNKEPT = "~/.cache cannot be written, or what XDG_CACHE_HOME names instead"
-_TILE = 16
+TILE = 16
 # `LgptFormat` of the source.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -78,8 +78,7 @@ class Call(Structure):
         ("x", c_void_p),
         *((name, c_int64) for name in ("batch", "length", "position")),
         *((name, c_void_p) for name in ("keys", "values")),
-        *((name, c_int64) for name in ("positions", "picture_stride")),
-        *((name, c_int64) for name in ("position_stride", "head_stride")),
+        ("positions", c_int64),
         *((name, c_void_p) for name in ("cos", "sin", "text_keys", "text_values", "text_mask")),
         ("words", c_int64),
         ("scratch", c_void_p),
@@ -112,7 +111,7 @@ def cpu_library(*macros: str) -> Optional[ctypes.CDLL]:
         _logger.warning("sampling: %s; PyTorch's products are taken", _told(error))
         return None
     library.lgpt_scratch_floats.restype = c_int64
-    library.lgpt_scratch_floats.argtypes = [POINTER(Block), *[c_int64] * 4]
+    library.lgpt_scratch_floats.argtypes = [POINTER(Block), *[c_int64] * 4, c_int32]
     library.lgpt_block.restype = library.lgpt_linear.restype = None
     library.lgpt_block.argtypes = [POINTER(Block), POINTER(Call)]
     library.lgpt_linear.argtypes = [
@@ -125,24 +124,24 @@ def cpu_library(*macros: str) -> Optional[ctypes.CDLL]:
 
 
 def in_tiles(weight: Tensor) -> Tensor:
-    """A matrix [outputs, inputs] in the order in which the library reads it.
+    """Matrices [.., outputs, inputs] in the order in which the library reads them.
 
-    Float32: [outputs/16, inputs, 16]; bf16 and int8, whose inputs are an even number:
-    [outputs/16, inputs/2, 16, 2]. Outputs are filled up with zeros.
+    Float32: [.., outputs/16, inputs, 16]; bf16 and int8, whose inputs are an even number:
+    [.., outputs/16, inputs/2, 16, 2]. Outputs are filled up with zeros.
     """
-    outputs, inputs = weight.shape
-    filled = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % _TILE))
+    *many, outputs, inputs = weight.shape
+    filled = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % TILE))
     if weight.dtype == torch.float32:
-        return filled.view(-1, _TILE, inputs).transpose(1, 2).contiguous()
+        return filled.view(*many, -1, TILE, inputs).transpose(-2, -1).contiguous()
     assert weight.dtype in (torch.bfloat16, torch.int8), weight.dtype
     assert inputs % 2 == 0, inputs
-    return filled.view(-1, _TILE, inputs // 2, 2).transpose(1, 2).contiguous()
+    return filled.view(*many, -1, TILE, inputs // 2, 2).transpose(-3, -2).contiguous()
 
 
 def out_of_tiles(tiles: Tensor, outputs: int) -> Tensor:
     """What `in_tiles` was given."""
     swapped = tiles.transpose(1, 2)
-    return swapped.reshape(swapped.shape[0] * _TILE, -1)[:outputs].contiguous()
+    return swapped.reshape(swapped.shape[0] * TILE, -1)[:outputs].contiguous()
 
 
 def times_tiles(

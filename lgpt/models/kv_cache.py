@@ -6,7 +6,7 @@ Shapes: B pictures, L grid tokens, T text tokens, N heads, K head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from jaxtyping import Float
@@ -49,13 +49,13 @@ class BlockCache:
     """What one block remembers.
 
     Attributes:
-        image: Of self-attention.
-        text: Cross-attention's keys and values, each [B, N, T, K]; None until the first position,
-            then computed once for all.
+        image: Of self-attention: an ImageCache, or what a faster `Block.cached_step` wants.
+        text: Of cross-attention, keys and values each [B, N, T, K], or the faster step's; None
+            until the first position, then computed once for all.
     """
 
-    image: ImageCache
-    text: Optional[tuple[Tensor, Tensor]] = None
+    image: Any
+    text: Any = None
 
 
 @dataclass

@@ -138,8 +138,8 @@ class LatentGPT(nn.Module):
         self.config = config
         # (index, block, arguments) -> output; engine/blocks.py puts checkpointing here.
         self.call_block: Callable[..., Any] = _plain_call
-        # Of the keys and values that drawing keeps; None: what attention computes in here.
-        self.cache_dtype: Optional[torch.dtype] = None
+        # ([B, L, N, K], like, dtype, kernel) -> a block's cache; cpu_block.py has its own kind.
+        self.empty_cache: Callable[..., Any] = ImageCache.empty
         text_width = config.text_width or config.hidden
         self.token_embedding = nn.Embedding(config.codebook_size, config.hidden)
         self.start_embedding = nn.Embedding(1, config.hidden)
@@ -237,14 +237,14 @@ class LatentGPT(nn.Module):
         start = self.start_embedding(torch.zeros(batch, 1, dtype=torch.long, device=device))
         context, context_mask = self._context(batch, text, text_mask, null_text, start)
         shape = (batch, self.config.num_tokens, self.config.heads, self.config.head_width)
-        kept = self.cache_dtype or product_dtype(start)
+        dtype = product_dtype(start)
         if context_mask is not None:
             # As numbers that are added to the scores: SDPA makes them of a mask at every call.
-            unseen = torch.zeros(context_mask.shape, dtype=product_dtype(start), device=device)
+            unseen = torch.zeros(context_mask.shape, dtype=dtype, device=device)
             context_mask = unseen.masked_fill_(~context_mask, float("-inf"))
         return DecodingState(
             blocks=[
-                BlockCache(ImageCache.empty(shape, start, kept, self._kernel(start)))
+                BlockCache(self.empty_cache(shape, start, dtype, self._kernel(start)))
                 for _ in self.blocks
             ],
             text=context,

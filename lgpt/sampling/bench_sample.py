@@ -22,7 +22,6 @@ from lgpt.core.errors import SettingsError
 from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
-from lgpt.models.attention import product_dtype
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.planning.parameters import transformer_surroundings
 from lgpt.sampling.bench_peers import Gpt2Sampler, LlamaGenSampler
@@ -137,12 +136,10 @@ class _Ours:
     def bytes_per_step(self, batch: int, words: int, places: float) -> float:
         """What one step reads: weights, and of both halves' caches what is filled."""
         config = self.model.config
-        like = self.model.start_embedding.weight
-        text_dtype = product_dtype(like)
-        kept_bytes = places * (self.model.cache_dtype or text_dtype).itemsize
-        text_bytes = (words + 1) * text_dtype.itemsize
-        per_row = 2 * config.hidden * config.layers * (kept_bytes + text_bytes)
-        return self.weight_bytes + 2 * batch * per_row
+        kept = self.model.start_decoding(max_batch=1).blocks[0].image.keys
+        per_position = 2 * config.hidden * config.layers * kept.element_size()
+        seen = 2 * places + (1 + words) + 1  # without text the null embedding alone
+        return self.weight_bytes + batch * per_position * seen
 
     def draw(self, text: Tensor, given: Tensor, **numbers: Any) -> list[float]:
         """The moments at which tokens were there; as the peers' `draw`."""

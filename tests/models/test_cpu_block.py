@@ -38,36 +38,37 @@ def _model(dtype: torch.dtype, **changes: object) -> LatentGPT:
     torch.manual_seed(0)
     # 72 codes and a feed-forward of 52 fill no tile.
     shape = {"layers": 2, "hidden": 64, "heads": 4, "mlp_hidden": 52}
-    model = LatentGPT(LatentGPTConfig(72, 4, 4, 10, **{**shape, **changes})).eval()
+    grid = {"grid_height": 4, "grid_width": 4}
+    model = LatentGPT(LatentGPTConfig(72, text_width=10, **{**shape, **grid, **changes})).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.to(dtype)
 
 
-def _inputs() -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(model: LatentGPT, words: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, text and a mask under which one picture has no word."""
     torch.manual_seed(1)
-    mask = torch.arange(5) < torch.tensor([[2], [5], [0]])
-    return torch.randint(72, (3, 16)), torch.randn(3, 5, 10), mask
+    mask = torch.arange(words) < torch.tensor([[2], [words], [0]])
+    return torch.randint(72, (3, model.config.num_tokens)), torch.randn(3, words, 10), mask
 
 
 @torch.no_grad()
-def _cached_logits(model: LatentGPT, given: int) -> Tensor:
+def _cached_logits(model: LatentGPT, given: int, words: int = 5) -> Tensor:
     """Of all positions: after the given tokens at once, the others one by one."""
-    tokens, text, mask = _inputs()
+    tokens, text, mask = _inputs(model, words)
     null_text = torch.tensor([False, True, False])
     state = model.start_decoding(text, mask, null_text)
     if given:
         logits = [model.read_given(tokens[:, :given], state)]
     else:
         logits = [model.decode_next(None, state)]
-    logits += [model.decode_next(tokens[:, i], state) for i in range(given, 15)]
+    logits += [model.decode_next(tokens[:, i], state) for i in range(given, tokens.shape[1] - 1)]
     return torch.stack(logits, dim=1)
 
 
 @torch.no_grad()
-def _plain_logits(model: LatentGPT) -> Tensor:
-    tokens, text, mask = _inputs()
+def _plain_logits(model: LatentGPT, words: int = 5) -> Tensor:
+    tokens, text, mask = _inputs(model, words)
     return model(tokens, text, mask, null_text=torch.tensor([False, True, False]))
 
 
@@ -103,6 +104,24 @@ def test_every_option_gives_the_plain_model_s_logits_at_every_position(
         error = (_cached_logits(model, given) - expected[:, given:]).abs().max()
         assert error < cached_allowed, (given, error)
     assert (_plain_logits(model) - expected).abs().max() <= plain_allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "heads"), [(128, 2), (72, 3), (66, 22), (160, 2)])
+def test_heads_and_captions_may_fill_tiles_or_not(
+    library: object, hidden: int, heads: int, dtype: torch.dtype
+) -> None:
+    """Head widths 64, 24, 3 and 80; 110 positions and 38 words, the null embedding one of them."""
+    changes = {"hidden": hidden, "heads": heads, "positions": "learned"}
+    model = _model(dtype, grid_height=11, grid_width=10, **changes)
+    expected = _plain_logits(copy.deepcopy(model).float(), 37)
+    allowed = torch.tensor(1e-4)
+    if dtype == torch.bfloat16:
+        allowed = 1.2 * (_plain_logits(model, 37).float() - expected).abs().max()
+    assert pack_for_decoding(model)
+    for given in (0, 50):
+        error = (_cached_logits(model, given, 37) - expected[:, given:]).abs().max()
+        assert error < allowed, (given, error, allowed)
 
 
 def test_with_bf16_products_the_error_is_that_of_rounded_activations(library: object) -> None:
