@@ -318,17 +318,51 @@ struct LgptCall {
 
 namespace {
 
+// What memory is asked for while a pair of tiles is multiplied: what comes AHEAD bytes later in
+// each, behind its end that of the `next` pair; and where rows take several passes over the pair,
+// which but for the first find it in the cache, also a part of the next one in each.
+class Lines {
+  public:
+    Lines(const char* here, const char* next, int64_t lines, int64_t line_bytes, int64_t pass,
+          int64_t passes)
+        : line_bytes_(line_bytes),
+          tile_bytes_(lines * line_bytes),
+          here_(reinterpret_cast<uintptr_t>(here) + AHEAD),
+          next_(reinterpret_cast<uintptr_t>(next) + AHEAD - tile_bytes_),
+          turn_(lines - AHEAD / line_bytes) {
+        while (passes >> (shift_ + 2)) ++shift_;  // 2 lines of the pair in `passes`, or sooner
+        part_ = reinterpret_cast<uintptr_t>(next) + pass * (lines >> shift_) * line_bytes;
+        mask_ = passes == 1 ? -1 : (int64_t{1} << shift_) - 1;
+    }
+    // Of one tile of the pair alone.
+    Lines of_tile(int64_t tile) const {
+        Lines moved = *this;
+        moved.here_ += tile * tile_bytes_;
+        moved.next_ += tile * tile_bytes_;
+        return moved;
+    }
+    // When line i of tile t is multiplied.
+    ALWAYS_INLINE void ask(int64_t i, int t) const {
+        ask_for((i < turn_ ? here_ : next_) + i * line_bytes_ + t * tile_bytes_);
+        if (t == 0 && (i & mask_) == 0) ask_for(part_ + (i >> shift_) * line_bytes_);
+    }
+
+  private:
+    int64_t line_bytes_, tile_bytes_;
+    uintptr_t here_, next_;
+    int64_t turn_, shift_ = 0, mask_;
+    uintptr_t part_;
+};
+
 // ROWS rows times TILES tiles, the result added to or put into y [R, outputs].
 template <typename Format, int ROWS, int TILES, bool IS_PACKED = false>
 inline void rows_times_tiles(const LgptMatrix& m, int64_t tile, const typename Format::Operand* x,
-                             float* y, bool is_added) {
+                             float* y, bool is_added, const Lines& reading) {
     constexpr int WIDTH = Format::INPUTS_A_LINE;
     float out[TILES][ROWS][TILE];
     const int64_t lines = m.inputs / WIDTH;
     const auto* words = static_cast<const typename Format::Word*>(m.tiles) + tile * TILE * lines;
-    const auto ahead = [&](int64_t i, int t) __attribute__((always_inline)) {
-        __builtin_prefetch(reinterpret_cast<const char*>(words + (t * lines + i) * TILE) + AHEAD);
-    };
+    const auto ahead = [&](int64_t i, int t) __attribute__((always_inline)) { reading.ask(i, t); };
     products<Format, ROWS, TILES>(words, lines, TILE, lines * TILE, x,
                                   IS_PACKED ? ROWS * WIDTH : WIDTH, IS_PACKED ? WIDTH : m.inputs,
                                   ahead, out);
@@ -350,21 +384,21 @@ inline void rows_times_tiles(const LgptMatrix& m, int64_t tile, const typename F
 template <typename Format, int ROWS>
 inline void last_rows_times_tiles(const LgptMatrix& m, int64_t tile, int64_t tiles,
                                   const typename Format::Operand* x, float* y, int64_t rows,
-                                  bool is_added) {
+                                  bool is_added, const Lines& reading) {
     if constexpr (ROWS > 0) {
         if (rows < ROWS) {
-            last_rows_times_tiles<Format, ROWS - 1>(m, tile, tiles, x, y, rows, is_added);
+            last_rows_times_tiles<Format, ROWS - 1>(m, tile, tiles, x, y, rows, is_added, reading);
         } else if (tiles == 2 && (ROWS <= 2 || TILES_AT_ONCE == 2)) {
-            rows_times_tiles<Format, ROWS, 2>(m, tile, x, y, is_added);
+            rows_times_tiles<Format, ROWS, 2>(m, tile, x, y, is_added, reading);
         } else {
-            for (int64_t t = tile; t < tile + tiles; ++t)
-                rows_times_tiles<Format, ROWS, 1>(m, t, x, y, is_added);
+            for (int64_t t = 0; t < tiles; ++t)
+                rows_times_tiles<Format, ROWS, 1>(m, tile + t, x, y, is_added, reading.of_tile(t));
         }
     }
 }
 
 // Rows [ROWS_AT_ONCE, inputs] as `products` takes them packed. Behind each other, what a line needs
-// lies in as many cache lines, whose places in the cache are the same where inputs are a power of 2.
+// lies in as many cache lines, whose places in the cache are the same if inputs are a power of 2.
 template <typename Format>
 inline void pack(const typename Format::Operand* x, int64_t inputs, int64_t first_line,
                  int64_t lines, typename Format::Operand* packed) {
@@ -375,10 +409,11 @@ inline void pack(const typename Format::Operand* x, int64_t inputs, int64_t firs
                         sizeof *x * WIDTH);
 }
 
-// `packed` has room for x.
+// x [R, inputs] times the matrix, added to or put into y [R, outputs]; `packed` has room for x.
 template <typename Format>
-inline void multiply(const LgptMatrix& m, const typename Format::Operand* x, float* y, int64_t rows,
-                     bool is_added, typename Format::Operand* packed) {
+inline void multiply(const Worker& worker, std::atomic<int64_t>& taken, const LgptMatrix& m,
+                     const typename Format::Operand* x, float* y, int64_t rows, bool is_added,
+                     typename Format::Operand* packed) {
     const int64_t count = (m.outputs + TILE - 1) / TILE;
     const int64_t lines = m.inputs / Format::INPUTS_A_LINE;
     if (const int64_t blocks = rows / ROWS_AT_ONCE; blocks > 0) {
@@ -391,24 +426,34 @@ inline void multiply(const LgptMatrix& m, const typename Format::Operand* x, flo
             pack<Format>(x + start, m.inputs, line, left, packed + start);
         }
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t tile = 0; tile < count; tile += 2) {
-        const int64_t tiles = tile + 1 < count ? 2 : 1;
-        int64_t row = 0;
-        for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE) {
-            const auto* here = packed + row * m.inputs;
+    const int64_t passes = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const int64_t line_bytes = TILE * sizeof(typename Format::Word);
+    const auto tile_at = [&](int64_t tile) {
+        return static_cast<const char*>(m.tiles) + tile * lines * line_bytes;
+    };
+    share(worker, taken, (count + 1) / 2, [&](int64_t pair, int64_t next) {
+        const int64_t tile = 2 * pair, tiles = tile + 1 < count ? 2 : 1;
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            const int64_t row = pass * ROWS_AT_ONCE;
+            const auto* left = x + row * m.inputs;
             float* there = y + row * m.outputs;
+            const Lines reading(tile_at(tile), tile_at(2 * next), lines, line_bytes, pass, passes);
+            if (row + ROWS_AT_ONCE > rows) {
+                last_rows_times_tiles<Format, ROWS_AT_ONCE - 1>(m, tile, tiles, left, there,
+                                                                rows - row, is_added, reading);
+                continue;
+            }
+            left = packed + row * m.inputs;
             if (tiles == TILES_AT_ONCE) {
-                rows_times_tiles<Format, ROWS_AT_ONCE, TILES_AT_ONCE, true>(m, tile, here, there,
-                                                                            is_added);
+                rows_times_tiles<Format, ROWS_AT_ONCE, TILES_AT_ONCE, true>(m, tile, left, there,
+                                                                            is_added, reading);
             } else {
-                for (int64_t t = tile; t < tile + tiles; ++t)
-                    rows_times_tiles<Format, ROWS_AT_ONCE, 1, true>(m, t, here, there, is_added);
+                for (int64_t t = 0; t < tiles; ++t)
+                    rows_times_tiles<Format, ROWS_AT_ONCE, 1, true>(m, tile + t, left, there,
+                                                                    is_added, reading.of_tile(t));
             }
         }
-        last_rows_times_tiles<Format, ROWS_AT_ONCE - 1>(
-            m, tile, tiles, x + row * m.inputs, y + row * m.outputs, rows - row, is_added);
-    }
+    });
 }
 
 // ---- norms ------------------------------------------------------------------------------------
@@ -636,29 +681,29 @@ void run(const LgptBlock& b, const LgptCall& c) {
     Operand* packed = left + rows * left_floats(b);
     float* rooms = wide + rows * (wide_floats(b) + 2 * left_floats(b));
     const int64_t room_size = room_of_a_thread(b, c.positions, c.words);
-    std::atomic<int64_t> team{0}, taken[2] = {};
+    std::atomic<int64_t> team{0}, taken[8] = {};
 #pragma omp parallel num_threads(c.threads)
     {
         const Worker worker{team++, team};
         float* room = rooms + worker.number * room_size;
         normalise_rows(b.self_norm, c.x, left, rows, b.width);
-        multiply<Format>(b.qkv, left, wide, rows, false, packed);
-        share(worker, taken[0], heads, [&](int64_t item, int64_t next) {
+        multiply<Format>(worker, taken[0], b.qkv, left, wide, rows, false, packed);
+        share(worker, taken[1], heads, [&](int64_t item, int64_t next) {
             self_attention<Cache>(b, c, item, next, wide, left, room);
         });
-        multiply<Format>(b.out, left, c.x, rows, true, packed);
+        multiply<Format>(worker, taken[2], b.out, left, c.x, rows, true, packed);
 
         normalise_rows(b.cross_norm, c.x, left, rows, b.width);
-        multiply<Format>(b.cross_q, left, wide, rows, false, packed);
-        share(worker, taken[1], heads, [&](int64_t item, int64_t next) {
+        multiply<Format>(worker, taken[3], b.cross_q, left, wide, rows, false, packed);
+        share(worker, taken[4], heads, [&](int64_t item, int64_t next) {
             cross_attention<Cache>(b, c, item, next, wide, left, room);
         });
-        multiply<Format>(b.cross_out, left, c.x, rows, true, packed);
+        multiply<Format>(worker, taken[5], b.cross_out, left, c.x, rows, true, packed);
 
         normalise_rows(b.mlp_norm, c.x, left, rows, b.width);
-        multiply<Format>(b.up, left, wide, rows, false, packed);
+        multiply<Format>(worker, taken[6], b.up, left, wide, rows, false, packed);
         activate(b, wide, left, rows);
-        multiply<Format>(b.down, left, c.x, rows, true, packed);
+        multiply<Format>(worker, taken[7], b.down, left, c.x, rows, true, packed);
     }
 }
 
@@ -667,10 +712,12 @@ void run_linear(const LgptMatrix& m, const float* x, float* y, int64_t rows, voi
                 int32_t threads) {
     using Operand = typename Format::Operand;
     Operand* left = static_cast<Operand*>(scratch);
+    std::atomic<int64_t> team{0}, taken{0};
 #pragma omp parallel num_threads(threads)
     {
+        const Worker worker{team++, team};
         normalise_rows(LgptNorm{nullptr, nullptr, 0}, x, left, rows, m.inputs);
-        multiply<Format>(m, left, y, rows, false, left + rows * m.inputs);
+        multiply<Format>(worker, taken, m, left, y, rows, false, left + rows * m.inputs);
     }
 }
 
