@@ -120,7 +120,7 @@ class TiledCache:
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int], dtype: torch.dtype) -> TiledCache:
-        """With room for [B, L, N, K]."""
+        """With room for [B, L, N, K], all 0: what fills a tile up is multiplied too."""
         batch, positions, heads, head_width = shape
         numbers = _filled_up(positions) * _filled_up(head_width)
         return cls(*(torch.zeros(batch, heads, numbers, dtype=dtype) for _ in range(2)), positions)
@@ -133,7 +133,7 @@ class TiledCache:
         keys, values = (nn.functional.pad(tensor.to(dtype), filling) for tensor in (keys, values))
         if dtype == torch.bfloat16:
             values = values.unflatten(2, (-1, 2)).transpose(-2, -1)
-        return cls(native.in_tiles(keys).flatten(2), values.flatten(2), positions)
+        return cls(native.in_tiles(keys).flatten(2), values.flatten(2).contiguous(), positions)
 
 
 def _filled_up(count: int) -> int:

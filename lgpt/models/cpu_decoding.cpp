@@ -304,7 +304,7 @@ struct LgptBlock {
 struct LgptCall {
     float* x;  // [B, n, D], read and written
     int64_t batch, length, position;
-    void *keys, *values;  // [B, N] heads of `positions`; written from `position` on
+    void *keys, *values;  // [B, N] heads of `positions`, at first 0; written from `position` on
     int64_t positions;
     const float *cos, *sin;  // [n, K/2]; null: no rotation
     const void *text_keys, *text_values;  // [B, N] heads of T positions
@@ -330,15 +330,20 @@ class Lines {
           here_(reinterpret_cast<uintptr_t>(here) + AHEAD),
           next_(reinterpret_cast<uintptr_t>(next) + AHEAD - tile_bytes_),
           turn_(lines - AHEAD / line_bytes) {
-        while (passes >> (shift_ + 2)) ++shift_;  // 2 lines of the pair in `passes`, or sooner
-        part_ = reinterpret_cast<uintptr_t>(next) + pass * (lines >> shift_) * line_bytes;
-        mask_ = passes == 1 ? -1 : (int64_t{1} << shift_) - 1;
+        // Of the pair's 2 `lines` a pass asks for one at every 1, 2, 4 .. lines that it multiplies, so
+        // that the largest power of 2 of `passes` has asked for all of them.
+        while (passes >> (shift_ + 2)) ++shift_;
+        const bool asks = passes > 1 && pass < (int64_t{2} << shift_);
+        mask_ = asks ? (int64_t{1} << shift_) - 1 : -1;  // -1: the first line alone
+        part_ = reinterpret_cast<uintptr_t>(next);
+        if (asks) part_ += pass * (lines >> shift_) * line_bytes;
     }
-    // Of one tile of the pair alone.
+    // Of one tile of the pair alone; the first asks for the part.
     Lines of_tile(int64_t tile) const {
         Lines moved = *this;
         moved.here_ += tile * tile_bytes_;
         moved.next_ += tile * tile_bytes_;
+        if (tile > 0) moved.mask_ = -1;
         return moved;
     }
     // When line i of tile t is multiplied.
@@ -495,25 +500,26 @@ inline void normalise_rows(const LgptNorm& norm, const float* x, Out* out, int64
 inline int64_t filled_up(int64_t count) { return (count + TILE - 1) / TILE * TILE; }
 
 // Where a position's key and value are.
-template <typename Kept, int WIDTH>
+template <typename Kept, int PAIR>
 struct Place {
-    Kept *key, *value;  // every TILE-th group of WIDTH numbers, and every WIDTH-th number
+    // Of the key PAIR (2 or 1) numbers in every TILE * PAIR, of the value every PAIR-th one.
+    Kept *key, *value;
 
-    Place(Kept* keys, Kept* values, int64_t position, int64_t width)
-        : key(keys + position / TILE * TILE * width + position % TILE * WIDTH),
-          value(values + position / WIDTH * WIDTH * width + position % WIDTH) {}
+    Place(Kept* keys, Kept* values, int64_t position, int64_t whole)
+        : key(keys + position / TILE * TILE * whole + position % TILE * PAIR),
+          value(values + position / PAIR * PAIR * whole + position % PAIR) {}
 
     void write(const float* new_key, const float* new_value, int64_t width) const {
         for (int64_t i = 0; i < width; ++i) {
-            put(key + i / WIDTH * WIDTH * TILE + i % WIDTH, new_key[i]);
-            put(value + i * WIDTH, new_value[i]);
+            put(key + i / PAIR * PAIR * TILE + i % PAIR, new_key[i]);
+            put(value + i * PAIR, new_value[i]);
         }
     }
 
     // Ask memory for it.
     ALWAYS_INLINE void ask(int64_t width) const {
-        for (int64_t i = 0; i < width; i += WIDTH) __builtin_prefetch(key + i * TILE, 1);
-        for (int64_t i = 0; i < width * WIDTH; i += 64 / static_cast<int64_t>(sizeof(Kept)))
+        for (int64_t i = 0; i < width; i += PAIR) __builtin_prefetch(key + i * TILE, 1);
+        for (int64_t i = 0; i < width * PAIR; i += 64 / static_cast<int64_t>(sizeof(Kept)))
             __builtin_prefetch(value + i, 1);
     }
 };

@@ -139,7 +139,7 @@ def in_tiles(weight: Tensor) -> Tensor:
 
 
 def out_of_tiles(tiles: Tensor, outputs: int) -> Tensor:
-    """What `in_tiles` was given."""
+    """The one matrix that `in_tiles` was given."""
     swapped = tiles.transpose(1, 2)
     return swapped.reshape(swapped.shape[0] * TILE, -1)[:outputs].contiguous()
 
@@ -187,7 +187,8 @@ def threads_for(multiplications: int) -> int:
 def _is_right(library: ctypes.CDLL) -> bool:
     """One small product in every format against PyTorch's in float64.
 
-    What a compiler makes of the source on a CPU that nobody tried is found out here.
+    What a compiler makes of the products on a CPU that nobody tried is found out here; attention
+    and norms, which have no instructions of their own, are left to the tests.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 74, generator=generator)

@@ -134,7 +134,7 @@ class _Ours:
         self.model = model
 
     def bytes_per_step(self, batch: int, words: int, places: float) -> float:
-        """What one step reads: weights, and of both halves' caches what is filled."""
+        """What one step must read: weights, and of both halves' caches what is filled and seen."""
         config = self.model.config
         kept = self.model.start_decoding(max_batch=1).blocks[0].image.keys
         per_position = 2 * config.hidden * config.layers * kept.element_size()

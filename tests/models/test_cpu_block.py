@@ -46,18 +46,21 @@ def _model(dtype: torch.dtype, **changes: object) -> LatentGPT:
 
 
 def _inputs(model: LatentGPT, words: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, text and a mask under which one picture has no word."""
+    """Tokens, text and a mask under which one picture has no word, and one has a gap."""
     torch.manual_seed(1)
-    mask = torch.arange(words) < torch.tensor([[2], [words], [0]])
-    return torch.randint(72, (3, model.config.num_tokens)), torch.randn(3, words, 10), mask
+    mask = torch.arange(words) < torch.tensor([[2], [words], [0], [words], [words - 1]])
+    mask[4, 1] = False
+    return torch.randint(72, (5, model.config.num_tokens)), torch.randn(5, words, 10), mask
+
+
+NULL_TEXT = torch.tensor([False, False, False, True, False])
 
 
 @torch.no_grad()
 def _cached_logits(model: LatentGPT, given: int, words: int = 5) -> Tensor:
     """Of all positions: after the given tokens at once, the others one by one."""
     tokens, text, mask = _inputs(model, words)
-    null_text = torch.tensor([False, True, False])
-    state = model.start_decoding(text, mask, null_text)
+    state = model.start_decoding(text, mask, NULL_TEXT)
     if given:
         logits = [model.read_given(tokens[:, :given], state)]
     else:
@@ -69,7 +72,7 @@ def _cached_logits(model: LatentGPT, given: int, words: int = 5) -> Tensor:
 @torch.no_grad()
 def _plain_logits(model: LatentGPT, words: int = 5) -> Tensor:
     tokens, text, mask = _inputs(model, words)
-    return model(tokens, text, mask, null_text=torch.tensor([False, True, False]))
+    return model(tokens, text, mask, null_text=NULL_TEXT)
 
 
 def _rounds_activations() -> bool:
@@ -122,6 +125,53 @@ def test_heads_and_captions_may_fill_tiles_or_not(
     for given in (0, 50):
         error = (_cached_logits(model, given, 37) - expected[:, given:]).abs().max()
         assert error < allowed, (given, error, allowed)
+
+
+def test_scores_may_be_large(library: object) -> None:
+    """Their exponentials would overflow, were not the largest of all taken off."""
+    model = _model(torch.float32, grid_height=8, grid_width=8)
+    for block in model.blocks:
+        block.self_attention.q_norm.weight.data *= 300
+        block.cross_attention.q_norm.weight.data *= 300
+    expected = _plain_logits(model)
+    assert pack_for_decoding(model)
+    assert (_cached_logits(model, 0) - expected).abs().max() < 0.1
+
+
+def test_a_caption_may_be_longer_than_the_picture(
+    library: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_library, "_MULTIPLICATIONS_A_THREAD", 1)
+    model = _model(torch.float32)
+    expected = _plain_logits(model, 200)
+    assert pack_for_decoding(model)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert (_cached_logits(model, 0, 200) - expected).abs().max() < 1e-4
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_fewer_threads_than_were_asked_for_do_all_the_work() -> None:
+    code = (
+        "import torch; from lgpt.models import cpu_library;"
+        "cpu_library._MULTIPLICATIONS_A_THREAD = 1; torch.set_num_threads(2);"
+        "from tests.models.test_cpu_block import _cached_logits, _model, _plain_logits;"
+        "from lgpt.models.cpu_block import pack_for_decoding;"
+        "model = _model(torch.float32); expected = _plain_logits(model);"
+        "assert pack_for_decoding(model);"
+        "assert (_cached_logits(model, 0) - expected).abs().max() < 1e-4"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_with_bf16_products_the_error_is_that_of_rounded_activations(library: object) -> None:
