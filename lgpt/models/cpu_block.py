@@ -8,6 +8,7 @@ a cache the model still computes in PyTorch, on the same matrices.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -50,14 +51,10 @@ def pack_for_decoding(model: LatentGPT, *, int8: bool = False) -> bool:
                 setattr(module, name, CpuLinear(child, library, int8=int8))
     model.float()  # norms and embeddings; the matrices are no parameters any more
     kept = torch.bfloat16 if int8 else dtype
-
-    def empty_cache(shape: tuple[int, int, int, int], *_: Any) -> TiledCache:
-        return TiledCache.empty(shape, kept)
-
-    model.empty_cache = empty_cache
+    model.empty_cache = functools.partial(TiledCache.empty, kept)
     for module in model.modules():
         if isinstance(module, Block):
-            module.cached_step = _CachedStep(module, library)
+            module.cached_step = _CachedStep(module, library, kept)
 
     def in_old_dtype(_: nn.Module, state: dict[str, Any], *rest: Any) -> None:
         state.update({name: tensor.to(dtype) for name, tensor in state.items()})
@@ -119,8 +116,11 @@ class TiledCache:
     positions: int
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int], dtype: torch.dtype) -> TiledCache:
-        """With room for [B, L, N, K], all 0: what fills a tile up is multiplied too."""
+    def empty(cls, dtype: torch.dtype, shape: tuple[int, int, int, int], *_: Any) -> TiledCache:
+        """With room for [B, L, N, K], all 0: what fills a tile up is multiplied too.
+
+        What `ImageCache.empty` is told besides does not matter here.
+        """
         batch, positions, heads, head_width = shape
         numbers = _filled_up(positions) * _filled_up(head_width)
         return cls(*(torch.zeros(batch, heads, numbers, dtype=dtype) for _ in range(2)), positions)
@@ -143,11 +143,10 @@ def _filled_up(count: int) -> int:
 class _CachedStep:
     """A block's positions from `position` on, beside what its cache holds."""
 
-    def __init__(self, block: Block, library: ctypes.CDLL) -> None:
+    def __init__(self, block: Block, library: ctypes.CDLL, kept_dtype: torch.dtype) -> None:
         attention, cross, mlp = block.self_attention, block.cross_attention, block.mlp
         self._library, self._keys_values = library, cross.keys_values
-        dtype = attention.qkv.tiles.dtype
-        self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self._kept_dtype = kept_dtype
         matrices = (attention.qkv, attention.out, cross.q, cross.out, mlp.up, mlp.down)
         norms = (block.self_norm, attention.q_norm, attention.k_norm)
         norms += (block.cross_norm, cross.q_norm, block.mlp_norm)
@@ -163,7 +162,7 @@ class _CachedStep:
             attention.heads,
             mlp.down.inputs,
             mlp.is_gated,
-            native.FORMATS[dtype],
+            native.FORMATS[attention.qkv.tiles.dtype],
         )
 
     def __call__(
