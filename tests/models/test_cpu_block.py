@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     assert opened is not None, "the tests need a C++ compiler"
     monkeypatch.setattr(cpu_library, "cpu_library", lambda: opened)
     return opened
+
+
+@pytest.fixture
+def old_threads() -> Iterator[None]:
+    """PyTorch has as many threads after the test as before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def _model(dtype: torch.dtype, **changes: object) -> LatentGPT:
@@ -139,18 +148,14 @@ def test_scores_may_be_large(library: object) -> None:
 
 
 def test_a_caption_may_be_longer_than_the_picture(
-    library: object, monkeypatch: pytest.MonkeyPatch
+    library: object, monkeypatch: pytest.MonkeyPatch, old_threads: None
 ) -> None:
     monkeypatch.setattr(cpu_library, "_MULTIPLICATIONS_A_THREAD", 1)
     model = _model(torch.float32)
     expected = _plain_logits(model, 200)
     assert pack_for_decoding(model)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        assert (_cached_logits(model, 0, 200) - expected).abs().max() < 1e-4
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(4)
+    assert (_cached_logits(model, 0, 200) - expected).abs().max() < 1e-4
 
 
 def test_fewer_threads_than_were_asked_for_do_all_the_work() -> None:
@@ -244,7 +249,7 @@ def test_in_8_bits_the_model_is_the_one_with_rounded_matrices(
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 def test_pictures_are_the_same_in_any_batch_and_with_any_threads(
-    library: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    library: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, old_threads: None
 ) -> None:
     monkeypatch.setattr(cpu_library, "_MULTIPLICATIONS_A_THREAD", 1)  # or one would do it all
     is_int8 = dtype == torch.int8
@@ -253,26 +258,18 @@ def test_pictures_are_the_same_in_any_batch_and_with_any_threads(
     text, mask = torch.randn(7, 5, 10), torch.arange(5) < torch.arange(7).unsqueeze(1) % 5 + 1
     choices = {"guidance": 5.0, "top_k": 40}
     together = generate_tokens(model, text, mask, seeds=range(7), **choices)
-    threads = torch.get_num_threads()
-    try:
-        for number, (first, last) in enumerate(((0, 1), (1, 3), (3, 7), (0, 7))):
-            torch.set_num_threads(1 + number % 2)
-            seeds, part = range(first, last), slice(first, last)
-            drawn = generate_tokens(model, text[part], mask[part], seeds=seeds, **choices)
-            assert torch.equal(drawn, together[part])
-    finally:
-        torch.set_num_threads(threads)
+    for number, (first, last) in enumerate(((0, 1), (1, 3), (3, 7), (0, 7))):
+        torch.set_num_threads(1 + number % 2)
+        seeds, part = range(first, last), slice(first, last)
+        drawn = generate_tokens(model, text[part], mask[part], seeds=seeds, **choices)
+        assert torch.equal(drawn, together[part])
 
 
-def test_a_small_call_gets_one_thread_and_a_large_one_what_pytorch_has() -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        # A token of demo/phase3_shapes, of a model between, of the 512M one; with guidance.
-        works = [2 * 250_000, 2 * 3_500_000, 2 * 18_900_000]
-        assert [cpu_library.threads_for(work) for work in works] == [1, 3, 4]
-    finally:
-        torch.set_num_threads(threads)
+def test_a_small_call_gets_one_thread_and_a_large_one_what_pytorch_has(old_threads: None) -> None:
+    torch.set_num_threads(4)
+    # A token of demo/phase3_shapes, of a model between, of the 512M one; with guidance.
+    works = [2 * 250_000, 2 * 3_500_000, 2 * 18_900_000]
+    assert [cpu_library.threads_for(work) for work in works] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
