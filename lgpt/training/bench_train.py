@@ -2,7 +2,8 @@
 
 Every measurement is a process of its own (`bench_train_process.py`), so that its peak memory is
 its own and a failure for want of memory ends nothing else. The rounds take turns: in each, every
-contestant runs once, so that a machine that gets slower does it to all.
+contestant runs once, so that a machine that gets slower does it to all. A peer that does not fit
+into memory is left out of the others' comparison and named.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def bench_train(
         second and rank (causal attention counted by half) over this device's rate of the same
         products alone. `communication_seconds` of ours is what all collectives of a step take one
         after the other, measured in a step of its own: what overlaps with computing costs less. It
-        is 0 with one rank.
+        is 0 with one rank. `did_not_fit` are peers for which memory was too small.
 
     Raises:
-        OutOfMemoryError: Not even the smallest batch ran.
+        OutOfMemoryError: Not even the smallest batch of ours ran.
         SettingsError: The model's shape cannot be known, a measurement failed, or the peers would
             multiply in bf16 on a CPU that has no such products.
     """
@@ -108,7 +109,8 @@ def bench_train(
         "product_dtype": products[0]["dtype"],
         "model_flops_utilisation": flops / ours["step_seconds"] / rate,
         "contestants": contestants,
-        "ratios": {name: _ratios(seen, contestants, name, ranks) for name in names[1:]},
+        "ratios": {name: _ratios(seen, contestants, name, ranks) for name in seen if name in PEERS},
+        "did_not_fit": [name for name in names if name not in seen],
     }
 
 
@@ -143,13 +145,19 @@ def _ratios(
 def _measured_in_turns(
     task: dict[str, Any], names: tuple[str, ...], rounds: int
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Every contestant once a round, and the products alone."""
-    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    products = []
+    """Every contestant once a round, and the products alone; without the peers that do not fit."""
+    seen: dict[str, list[dict[str, Any]]] = {what: [] for what in (*names, "products")}
     for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):
-            seen[name].append(_measured({**task, "what": name}))
-        products.append(_measured({**task, "what": "products"}))
+        for what in (*(names if number % 2 == 0 else reversed(names)), "products"):
+            try:
+                if what in seen:
+                    seen[what].append(_measured({**task, "what": what}))
+            except OutOfMemoryError as error:
+                if what not in PEERS:
+                    raise
+                _log.warning("%s The others are measured without it.", error)
+                del seen[what]
+    products = seen.pop("products")
     return seen, products
 
 
@@ -304,6 +312,8 @@ def train_table(result: dict[str, Any]) -> Table:
             f"{c['peak_bytes'] / _GIB:.2f}",
             "" if ratio is None else f"{ratio:.2f}x",
         )
+    for name in result["did_not_fit"]:
+        table.add_row(name, "did not fit")
     table.caption = (
         f"model-FLOPs utilisation {result['model_flops_utilisation']:.1%} of "
         f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s of its "

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgpt.core.errors import SettingsError
+from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.settings.run import load_run_settings
 from lgpt.training import bench_train as bench
@@ -99,6 +102,44 @@ def test_micro_batch_doubles_until_the_next_would_take_too_much(
     largest, tried = bench._largest_micro_batch(run, SMALL, 5, memory_gib=4.0)
     assert largest == 8  # 3 GiB; 16 would take 5
     assert [one["micro_batch"] for one in tried] == [1, 2, 4, 8]
+
+
+def test_a_peer_that_does_not_fit_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
+    run = load_run_settings(path, environ={})
+    started: list[str] = []
+
+    def run_ranks(command: list[str], ranks: int) -> tuple[list[int], list[str], list[str]]:
+        what = json.loads(command[-1])["what"]
+        started.append(what)
+        if what == "gpt2":
+            return [-9], [""], [""]  # the kernel's way
+        parts = dict.fromkeys(bench.PARTS, 1.0 if what == "lgpt" else 3.0)
+        told = {"parts": [parts], "peak_bytes": 2**30, "threads": 1, "seconds": 1, "dtype": "bf16"}
+        return [0], [json.dumps(told)], [""]
+
+    monkeypatch.setattr(bench, "run_ranks", run_ranks)
+    arguments: dict[str, Any] = {"steps": 1, "rounds": 3, "words": 5, "memory_gib": None}
+    result = bench.bench_train(run, with_peers=True, find_micro_batch=False, **arguments)
+    assert started.count("gpt2") == 1
+    assert started.count("llamagen") == started.count("lgpt") == 3
+    assert result["did_not_fit"] == ["gpt2"]
+    assert result["ratios"] == {"llamagen": {"images_per_second": 3.0, "peak_bytes": 1.0}}
+    assert "gpt2 with 2 pictures did not fit" in caplog.text
+    with (console := Console(width=200)).capture() as capture:
+        console.print(bench.train_table(result))
+    assert re.search(r"gpt2 .*did not fit", capture.get())
+
+
+def test_ours_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
+    run = load_run_settings(path, environ={})
+    monkeypatch.setattr(bench, "run_ranks", lambda *_: ([-9], [""], [""]))
+    arguments: dict[str, Any] = {"steps": 1, "rounds": 1, "words": 5, "memory_gib": None}
+    with pytest.raises(OutOfMemoryError, match=r"lgpt with 2 .*batch\.micro_batch_images="):
+        bench.bench_train(run, with_peers=True, find_micro_batch=False, **arguments)
 
 
 def _config(folder: Path) -> dict[str, Any]:
