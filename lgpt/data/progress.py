@@ -57,15 +57,15 @@ class _Lines:
             return
         self._said_at = now
         elapsed_seconds = max(now - self._started_at, 1e-9)
-        rate = self._done / elapsed_seconds
-        left_seconds = (self._total - self._done) / max(rate, 1e-9)
+        rate = max(self._done / elapsed_seconds, 1e-9)
+        left_seconds = (self._total - self._done) / rate
         _log.info(
-            "%s: %d of %d %s, %.1f/s, %s",
+            "%s: %d of %d %s, %s, %s",
             self._title,
             self._done,
             self._total,
             self._unit,
-            rate,
+            f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each",
             f"{left_seconds:.0f} s left"
             if self._done < self._total
             else f"{elapsed_seconds:.0f} s",
