@@ -29,6 +29,7 @@ from lgpt.checkpoint.sources import CheckpointPlace, find_checkpoint
 from lgpt.checkpoint.synthetic_shards import write_synthetic_shards
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.logging import get_logger
+from lgpt.data.progress import progress
 from lgpt.engine.build import parameter_groups
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.planning.parameters import transformer_surroundings
@@ -106,15 +107,18 @@ def _compare(place: CheckpointPlace, work: Path, rounds: int) -> dict[str, Any]:
     mine: list[_Measured] = []
     other: list[_Measured] = []
     options, safetensors_error = ["--safe_serialization"], None
-    for _ in range(rounds):
-        measured = _run_theirs(place, theirs, options)
-        if measured.error is not None and options:
-            options, safetensors_error = [], measured.error
+    with progress("bench convert", 2 * rounds, unit="conversions", is_shown=True) as advance:
+        for _ in range(rounds):
             measured = _run_theirs(place, theirs, options)
-        other.append(_succeeded(measured, "zero_to_fp32"))
-        shutil.rmtree(ours, ignore_errors=True)
-        command = ["-m", "lgpt", "convert", "--no-ema", str(source), str(ours)]
-        mine.append(_succeeded(_measure(command), "lgpt convert"))
+            if measured.error is not None and options:
+                options, safetensors_error = [], measured.error
+                measured = _run_theirs(place, theirs, options)
+            other.append(_succeeded(measured, "zero_to_fp32"))
+            advance(1)
+            shutil.rmtree(ours, ignore_errors=True)
+            command = ["-m", "lgpt", "convert", "--no-ema", str(source), str(ours)]
+            mine.append(_succeeded(_measure(command), "lgpt convert"))
+            advance(1)
     written, expected = _tensors_of(ours), _tensors_of(theirs)
     same = {
         name

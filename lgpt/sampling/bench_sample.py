@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lgpt.core.errors import SettingsError
+from lgpt.data.progress import progress
 from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.memory import peak_bytes
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
@@ -181,16 +182,19 @@ def _measure(
     memory = torch.ones(_READ_BYTES // 4, device=device)
     rates: dict[str, list[float]] = {name: [] for name in systems}
     read_rates: list[float] = []
-    for number in range(rounds + 1):
-        names = list(systems)
-        turn = number % len(names)
-        for name in [*names[turn:], *names[:turn]]:
-            stamps = systems[name].draw(text, given, **numbers)
-            gc.collect()
+    title, total = f"bench sample, batch {batch}", (rounds + 1) * len(systems)
+    with progress(title, total, unit="drawings", is_shown=True) as advance:
+        for number in range(rounds + 1):
+            names = list(systems)
+            turn = number % len(names)
+            for name in [*names[turn:], *names[:turn]]:
+                stamps = systems[name].draw(text, given, **numbers)
+                gc.collect()
+                if number:
+                    rates[name].append(batch * (len(stamps) - 1) / (stamps[-1] - stamps[0]))
+                advance(1)
             if number:
-                rates[name].append(batch * (len(stamps) - 1) / (stamps[-1] - stamps[0]))
-        if number:
-            read_rates.append(_bytes_per_second(memory))
+                read_rates.append(_bytes_per_second(memory))
 
     def beside_bound(name: str) -> dict[str, float]:
         step_bytes = systems[name].bytes_per_step(batch, words, config.num_tokens - tokens / 2)

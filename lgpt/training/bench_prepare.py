@@ -23,6 +23,7 @@ from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.data.captioned import BadImage, CaptionedDataset
 from lgpt.data.latent_cache import ImageEncoder, build_latent_cache, pictures_per_call
+from lgpt.data.progress import progress
 from lgpt.data.transforms import ImageTransform, to_unit_range
 from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.start import device_of_this_rank
@@ -76,15 +77,17 @@ def bench_prepare(
     batch = batch.to(device)
     vqvae.encode(batch)  # kernels are chosen, memory is taken
     prepared_seconds, bare_seconds, shares = [], [], []
-    for number in range(rounds):
-        for is_bare in (True, False) if number % 2 == 0 else (False, True):
-            if is_bare:
-                bare_seconds.append(_seconds_of_bare_loop(vqvae, batch, encoded, device))
-            else:
-                encode = _TimedEncoder(image_encoder(vqvae, device))
-                seconds = _seconds_of_preparation(vqvae, encode, dataset, transform, run.data)
-                prepared_seconds.append(seconds)
-                shares.append(encode.seconds / seconds)
+    with progress("bench prepare", 2 * rounds, unit="passes", is_shown=True) as advance:
+        for number in range(rounds):
+            for is_bare in (True, False) if number % 2 == 0 else (False, True):
+                if is_bare:
+                    bare_seconds.append(_seconds_of_bare_loop(vqvae, batch, encoded, device))
+                else:
+                    encode = _TimedEncoder(image_encoder(vqvae, device))
+                    seconds = _seconds_of_preparation(vqvae, encode, dataset, transform, run.data)
+                    prepared_seconds.append(seconds)
+                    shares.append(encode.seconds / seconds)
+                advance(1)
     return {
         "device": _name_of(device),
         "threads": torch.get_num_threads(),

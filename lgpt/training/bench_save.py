@@ -15,6 +15,7 @@ from lgpt.checkpoint.retention import Keep
 from lgpt.checkpoint.store import PendingSave, begin_save, complete_save, save_checkpoint
 from lgpt.core.distributed import seed_everything
 from lgpt.core.errors import SettingsError
+from lgpt.data.progress import progress
 from lgpt.engine.clock import seconds_when_done
 from lgpt.models.latent_gpt import LatentGPTConfig
 from lgpt.planning.parameters import transformer_surroundings
@@ -53,12 +54,15 @@ def bench_save(
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     stalls: list[float] = []
     try:
-        for number in range(-1, rounds):  # what the first round pays for alone is not counted
-            for kind in KINDS if number % 2 == 0 else reversed(KINDS):
-                taken, stall = trainer.measure(kind, steps, work)
-                if number >= 0:
-                    seconds[kind].append(taken)
-                    stalls += [stall] if kind == "asynchronous" else []
+        total = (rounds + 1) * len(KINDS)
+        with progress("bench save", total, unit="measurements", is_shown=True) as advance:
+            for number in range(-1, rounds):  # what the first round pays for alone is not counted
+                for kind in KINDS if number % 2 == 0 else reversed(KINDS):
+                    taken, stall = trainer.measure(kind, steps, work)
+                    if number >= 0:
+                        seconds[kind].append(taken)
+                        stalls += [stall] if kind == "asynchronous" else []
+                    advance(1)
         newest = max((work / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime)
         size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     finally:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.logging import get_logger
+from lgpt.data.progress import progress
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.latent_gpt import LatentGPTConfig
 from lgpt.planning.parameters import latent_gpt_parameters, transformer_surroundings
@@ -147,16 +148,19 @@ def _measured_in_turns(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Every contestant once a round, and the products alone; without the peers that do not fit."""
     seen: dict[str, list[dict[str, Any]]] = {what: [] for what in (*names, "products")}
-    for number in range(rounds):
-        for what in (*(names if number % 2 == 0 else reversed(names)), "products"):
-            try:
-                if what in seen:
-                    seen[what].append(_measured({**task, "what": what}))
-            except OutOfMemoryError as error:
-                if what not in PEERS:
-                    raise
-                _log.warning("%s The others are measured without it.", error)
-                del seen[what]
+    total = rounds * len(seen)
+    with progress("bench train", total, unit="measurements", is_shown=True) as advance:
+        for number in range(rounds):
+            for what in (*(names if number % 2 == 0 else reversed(names)), "products"):
+                try:
+                    if what in seen:
+                        seen[what].append(_measured({**task, "what": what}))
+                except OutOfMemoryError as error:
+                    if what not in PEERS:
+                        raise
+                    _log.warning("%s The others are measured without it.", error)
+                    del seen[what]
+                advance(1)
     products = seen.pop("products")
     return seen, products
 
