@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lgpt.core.errors import CheckpointError, SettingsError
@@ -209,7 +210,7 @@ class TextToImagePipeline:
         pictures: list[Image.Image] = []
         for start in range(0, len(wanted), _BATCH_PICTURES):
             part = wanted[start : start + _BATCH_PICTURES]
-            text, mask = encoder.encode([prompt for prompt, _ in part])
+            text, mask = _encoded_alone(encoder, [prompt for prompt, _ in part])
             seeds = [number for _, number in part]
             pictures += self._draw(text, mask, seeds, choices, given, preview)
         if best is None or scorer is None:
@@ -317,7 +318,17 @@ class TextToImagePipeline:
         return self._pictures(tokens)
 
     def _pictures(self, tokens: Tensor) -> list[Image.Image]:
-        return to_pil(self.vqvae.decode(tokens).float().cpu())
+        """One by one, so that none depends on those beside it."""
+        alone = [self.vqvae.decode(one).float().cpu() for one in tokens.split(1)]
+        return to_pil(torch.cat(alone))
+
+
+def _encoded_alone(encoder: ClipTextEncoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """`encode` of each prompt by itself: in a batch, those beside it would change its last bits."""
+    encoded = {prompt: encoder.encode([prompt]) for prompt in dict.fromkeys(prompts)}
+    rows = [(text[0], mask[0]) for text, mask in map(encoded.__getitem__, prompts)]
+    text, mask = (pad_sequence(list(part), batch_first=True) for part in zip(*rows))
+    return text, mask
 
 
 def lay_out_for_drawing(model: LatentGPT, device: torch.device, dtype: torch.dtype) -> bool:

@@ -15,9 +15,10 @@ from tiny_clip import write_tiny_clip
 from lgpt import TextToImagePipeline
 from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.models import cpu_library
-from lgpt.models.clip_encoder import make_random_clip_text_encoder
+from lgpt.models.clip_encoder import ClipTextEncoder, make_random_clip_text_encoder
 from lgpt.models.vqvae import VQVAE
 from lgpt.models.vqvae_config import VQVAEConfig
+from lgpt.sampling.pipeline import _encoded_alone
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +103,27 @@ def test_a_schedule_of_the_caller_s_drops_the_folder_s_power(folder: Path) -> No
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8"])
 def test_pictures_are_the_same_in_any_batch_to_the_last_bit(folder: Path, dtype: str) -> None:
     pipeline = TextToImagePipeline.from_pretrained(folder, device="cpu", dtype=dtype)
-    prompts = ["a red circle", "a blue square", "red red blue"]
+    prompts = ["a red circle", "a blue square", "red red blue a red circle"]
     together = pipeline(prompts, images_per_prompt=5, seed=3)
     weights = pipeline.model.state_dict()["head.weight"]
     # 8-bit weights are saved as what they stand for.
     assert weights.dtype == {"bf16": torch.bfloat16}.get(dtype, torch.float32)
     alone = [pipeline(p, seed=3 + j)[0] for p in prompts for j in range(5)]
-    assert all(_same(a, b) for a, b in zip(alone, together))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together))
+
+
+def test_a_prompt_is_encoded_to_the_same_bits_beside_any_other(tmp_path: Path) -> None:
+    words = ["a red circle on a blue square"]
+    folder = make_random_clip_text_encoder(tmp_path / "text_encoder", words, width=512)
+    encoder = ClipTextEncoder.from_pretrained(folder)
+    prompts = ["a red circle", "a blue square on a red circle on a circle", "red red blue"] * 5
+    text, mask = _encoded_alone(encoder, prompts)
+    for prompt, row, seen in zip(prompts, text, mask):
+        alone, its_mask = encoder.encode([prompt])
+        length = its_mask.shape[1]
+        assert torch.equal(row[:length], alone[0])
+        assert seen.tolist() == [True] * length + [False] * (len(seen) - length)
+        assert row[length:].eq(0).all()
 
 
 def test_only_known_dtypes_are_taken(folder: Path) -> None:
@@ -148,9 +163,9 @@ def test_half_a_picture_is_completed(pipeline: TextToImagePipeline) -> None:
         patch.setattr(pipeline.vqvae, "decode", lambda t: (drawn.append(t), decode(t))[1])
         pipeline(["a red circle", "a blue square"], given=given, seed=1)
         pipeline.unconditional(2, given=given)
-    for tokens in drawn:
-        assert torch.equal(tokens[:, :2], whole[:2].expand(2, -1, -1))
-    assert not torch.equal(drawn[0][0, 2:], drawn[0][1, 2:])
+    tokens = torch.cat(drawn)
+    assert torch.equal(tokens[:, :2], whole[:2].expand(4, -1, -1))
+    assert not torch.equal(tokens[0, 2:], tokens[1, 2:])
 
 
 def test_a_share_that_keeps_nothing_or_everything_is_refused(
