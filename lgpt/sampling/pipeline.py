@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -153,7 +154,7 @@ class TextToImagePipeline:
         self,
         prompts: Union[str, Sequence[str]],
         guidance: Optional[float] = None,
-        seed: int = 0,
+        seed: Union[int, Sequence[int]] = 0,
         temperature: Optional[float] = None,
         top_k: Optional[int] = None,
         top_p: Optional[float] = None,
@@ -172,6 +173,7 @@ class TextToImagePipeline:
             prompts: One or several.
             guidance: Scale of classifier-free guidance; 1 = off.
             seed: Picture j of a prompt is drawn with seed + j, whatever else is drawn with it.
+                Or several: one a picture, in the order in which they are returned without `best`.
             temperature: See `generate_tokens`.
             top_k: See `generate_tokens`.
             top_p: See `generate_tokens`.
@@ -190,6 +192,8 @@ class TextToImagePipeline:
             CheckpointError: The text encoder cannot be opened, or has no image tower to score with.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        wanted = list(zip(repeated, _one_a_picture(seed, len(prompts), images_per_prompt)))
         if best is not None:
             if not 1 <= best <= images_per_prompt:
                 raise SettingsError(
@@ -206,7 +210,6 @@ class TextToImagePipeline:
             top_k=top_k,
             top_p=top_p,
         )
-        wanted = [(p, seed + j) for p in prompts for j in range(images_per_prompt)]
         pictures: list[Image.Image] = []
         for start in range(0, len(wanted), _BATCH_PICTURES):
             part = wanted[start : start + _BATCH_PICTURES]
@@ -215,14 +218,12 @@ class TextToImagePipeline:
             pictures += self._draw(text, mask, seeds, choices, given, preview)
         if best is None or scorer is None:
             return pictures
-        return best_of_each(
-            pictures, [prompt for prompt, _ in wanted], images_per_prompt, best, scorer
-        )
+        return best_of_each(pictures, repeated, images_per_prompt, best, scorer)
 
     def unconditional(
         self,
         count: int,
-        seed: int = 0,
+        seed: Union[int, Sequence[int]] = 0,
         temperature: Optional[float] = None,
         top_k: Optional[int] = None,
         top_p: Optional[float] = None,
@@ -230,14 +231,17 @@ class TextToImagePipeline:
         given: Optional[Int[Tensor, " given"]] = None,
         preview: Optional[Preview] = None,
     ) -> list[Image.Image]:
-        """Pictures without a prompt, from any model; picture i is drawn with seed + i."""
+        """Pictures without a prompt, from any model.
+
+        Picture i is drawn with seed + i, or with the i-th of several seeds.
+        """
         choices = self._choices(temperature=temperature, top_k=top_k, top_p=top_p)
         choices.update(guidance=1.0, guidance_schedule="constant", guidance_power=1.0)
+        seeds = _one_a_picture(seed, 1, count)
         pictures: list[Image.Image] = []
         for start in range(0, count, _BATCH_PICTURES):
-            numbers = range(start, min(start + _BATCH_PICTURES, count))
-            seeds = [seed + n for n in numbers]
-            pictures += self._draw(None, None, seeds, choices, given, preview)
+            part = seeds[start : start + _BATCH_PICTURES]
+            pictures += self._draw(None, None, part, choices, given, preview)
         return pictures
 
     def open_scorer(self, clip: Optional[str] = None) -> ClipScorer:
@@ -321,6 +325,18 @@ class TextToImagePipeline:
         """One by one, so that none depends on those beside it."""
         alone = [self.vqvae.decode(one).float().cpu() for one in tokens.split(1)]
         return to_pil(torch.cat(alone))
+
+
+def _one_a_picture(seed: Union[int, Sequence[int]], prompts: int, pictures: int) -> list[int]:
+    """Of so many pictures of each prompt: counted up from one seed, or as they are."""
+    if isinstance(seed, Integral):
+        return [int(seed) + j for _ in range(prompts) for j in range(pictures)]
+    if len(seed) != prompts * pictures:
+        raise SettingsError(
+            f"{len(seed)} seeds for {prompts * pictures} pictures: give one of each, or a single "
+            "seed to count up from."
+        )
+    return list(seed)
 
 
 def _encoded_alone(encoder: ClipTextEncoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,19 @@ def test_prompts_become_pictures_in_order(pipeline: TextToImagePipeline) -> None
     assert not _same(pictures[0], pictures[1])
 
 
+def test_each_picture_can_have_a_seed_of_its_own(pipeline: TextToImagePipeline) -> None:
+    prompts = ["a red circle", "a blue square"]
+    pictures = pipeline(prompts, images_per_prompt=2, seed=[9, 3, 7, 9])
+    wanted = [(0, 9), (0, 3), (1, 7), (1, 9)]
+    alone = [pipeline(prompts[place], seed=seed)[0] for place, seed in wanted]
+    assert all(_same(a, b) for a, b in zip(pictures, alone))
+    first, second = pipeline.unconditional(2, seed=[8, 2])
+    assert _same(first, pipeline.unconditional(1, seed=8)[0])
+    assert _same(second, pipeline.unconditional(1, seed=2)[0])
+    with pytest.raises(SettingsError, match="3 seeds for 4 pictures"):
+        pipeline(prompts, images_per_prompt=2, seed=[1, 2, 3])
+
+
 def test_more_pictures_than_one_batch_are_the_same_pictures(
     pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
