@@ -179,6 +179,7 @@ class LatentGPT(nn.Module):
         *,
         targets: Optional[Int[Tensor, "batch length"]] = None,
         null_text: Optional[Bool[Tensor, " batch"]] = None,
+        positions: Optional[Int[Tensor, " some"]] = None,
     ) -> Union[Float[Tensor, "batch length codes"], Float[Tensor, ""]]:
         """Logits [B, L, V] of every token, or with targets the mean cross-entropy in nats.
 
@@ -189,6 +190,7 @@ class LatentGPT(nn.Module):
             targets: What each position should predict, usually `tokens` itself.
             null_text: Samples that read the null embedding instead of their text. None draws them
                 with probability `cond_drop` in training mode and means nobody otherwise.
+            positions: Without targets, those whose logits are wanted; None wants all.
         """
         batch = tokens.shape[0]
         if null_text is None and self.training and text is not None:
@@ -202,6 +204,8 @@ class LatentGPT(nn.Module):
         kernel = self._kernel(x_BLD)
         for index, block in enumerate(self.blocks):
             x_BLD = self.call_block(index, block, x_BLD, rotation, context, context_mask, kernel)
+        if positions is not None:
+            x_BLD = x_BLD[:, positions]
         return self.head(self.final_norm(x_BLD), targets)
 
     def _corrupted(self, tokens: Tensor) -> Tensor:

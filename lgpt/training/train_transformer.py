@@ -193,14 +193,15 @@ class TransformerTask:
         null_text = torch.arange(len(tokens)) > 0
         if text is not None:
             text = text.to(parameter_dtype(self.engine))
-        logits_BLV = self.engine(
-            *(None if each is None else each.to(self.device) for each in (tokens, text, mask)),
-            null_text=null_text.to(self.device),
-        )
         length = tokens.shape[1]
         positions = torch.linspace(0, length - 1, min(_PROBE_POSITIONS, length)).long()
+        logits = self.engine(
+            *(None if each is None else each.to(self.device) for each in (tokens, text, mask)),
+            null_text=null_text.to(self.device),
+            positions=positions.to(self.device),
+        )
         probe = {"tokens": tokens, "null_text": null_text, "positions": positions}
-        probe["logits"] = logits_BLV[:, positions.to(self.device)].float()
+        probe["logits"] = logits.float()
         if text is not None and mask is not None:
             probe.update(text=text, text_mask=mask)
         return probe
