@@ -77,7 +77,7 @@ class CheckpointSettings(Section):
         0, ge=0, description="also those of every step that this divides, for ever; 0 = off"
     )
     keep_best: int = Field(
-        0,
+        1,
         ge=0,
         description="also so many with the lowest validation loss, among those saved at a step "
         "that was validated",

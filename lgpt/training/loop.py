@@ -261,12 +261,19 @@ class _Loop:
         self.progress.note_validation(metrics[name])
         if self._gains_nothing():
             _log.info(
-                "%s has not fallen for %d validations: the run ends (training.early_stopping). Its "
-                "lowest was %.4g at step %d; `lgpt convert %s OUT --tag best` takes that one.",
+                "%s has not fallen for %d validations: the run ends (training.early_stopping).",
                 name,
                 self.progress.validations_without_gain,
+            )
+        best_step = self.progress.best_validation_step
+        if self.is_finished() and best_step not in (0, self.progress.step):
+            _log.info(
+                "%s was lowest at step %d: %.4g, now %.4g. `lgpt convert %s OUT --tag best` takes "
+                "the checkpoint with the lowest.",
+                name,
+                best_step,
                 self.progress.best_validation_loss,
-                self.progress.best_validation_step,
+                metrics[name],
                 self.run.run_folder,
             )
         if is_last and not math.isfinite(metrics[name]):

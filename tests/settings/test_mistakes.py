@@ -268,7 +268,11 @@ def test_a_mapping_where_a_value_belongs_is_told_with_its_place(tmp_path):
             ["training.early_stopping=3", "training.validate_every=750", "checkpoint.keep_best=1"],
             ["checkpoint.every_steps = 500", "use 500 or 1000"],
         ),
-        (VQVAE, ["training.early_stopping=3"], ["set checkpoint.keep_best to 1"]),
+        (
+            VQVAE,
+            ["training.early_stopping=3", "checkpoint.keep_best=0"],
+            ["set checkpoint.keep_best to 1"],
+        ),
         (VQVAE, ["data.streaming=true"], ["data.streaming = true", "phase = 2", "at random"]),
         (
             TRANSFORMER,

@@ -264,7 +264,7 @@ def patient(folder: Path, losses: list[float], **training: Any) -> tuple[RunSett
         folder,
         40,
         training={**tiny.training(40), "early_stopping": 2, **training},
-        checkpoint={"every_steps": 4, "keep_best": 1},
+        checkpoint={"every_steps": 4},
     )
     found = iter(losses)
 
@@ -298,9 +298,20 @@ def test_a_run_that_goes_on_has_not_forgotten_the_validations_before(tmp_path, t
     assert go(run, task, Progress(**state)).step == 12
 
 
-def test_without_early_stopping_a_rising_validation_loss_ends_nothing(tmp_path, task):
+def test_without_early_stopping_a_rising_validation_loss_ends_nothing(tmp_path, task, caplog):
     run, task.validate = patient(tmp_path, [float(n) for n in range(10)], early_stopping=0)
-    assert go(run, task).step == 40
+    with caplog.at_level("INFO", "lgpt"):
+        assert go(run, task).step == 40
+    assert caplog.text.count("was lowest at step 4: 0, now 9") == 1
+    best = find_checkpoint(run.run_folder, "best").step_folder
+    assert best == run.run_folder / "checkpoints" / "step_4"
+
+
+def test_a_run_whose_last_validation_is_its_best_points_at_no_other(tmp_path, task, caplog):
+    run, task.validate = patient(tmp_path, [float(10 - n) for n in range(10)])
+    with caplog.at_level("INFO", "lgpt"):
+        assert go(run, task).step == 40
+    assert "--tag best" not in caplog.text
 
 
 def test_the_best_of_a_run_without_a_validated_checkpoint_is_refused(tmp_path, task):
