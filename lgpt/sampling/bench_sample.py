@@ -27,7 +27,7 @@ from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.planning.parameters import transformer_surroundings
 from lgpt.sampling.bench_peers import Gpt2Sampler, LlamaGenSampler
 from lgpt.sampling.generate import generate_tokens
-from lgpt.sampling.pipeline import fastest_dtype, lay_out_for_drawing
+from lgpt.sampling.layout import fastest_dtype, lay_out_for_drawing
 from lgpt.settings.phases import TransformerRun
 
 OURS, LLAMAGEN, GPT2 = "lgpt", "LlamaGen's sampler", "transformers' GPT2"
