@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -328,7 +327,7 @@ class TextToImagePipeline:
 
 def _one_a_picture(seed: Union[int, Sequence[int]], prompts: int, pictures: int) -> list[int]:
     """Of so many pictures of each prompt: counted up from one seed, or as they are."""
-    if isinstance(seed, Integral):
+    if not isinstance(seed, Sequence):
         return [int(seed) + j for _ in range(prompts) for j in range(pictures)]
     if len(seed) != prompts * pictures:
         raise SettingsError(
