@@ -141,7 +141,9 @@ def sample(
     prompt: Optional[list[str]] = typer.Option(None, help="a prompt; may be given several times"),
     prompts_file: Optional[Path] = typer.Option(None, help="a text file, one prompt a line"),
     out: Path = typer.Option(Path("samples.png"), help="PNG: one grid; a folder: one PNG each"),
-    images_per_prompt: int = typer.Option(1, min=1),
+    images_per_prompt: int = typer.Option(
+        1, min=1, help="the first with --seed, the next with --seed + 1, ..."
+    ),
     best: Optional[int] = typer.Option(
         None, min=1, help="keep so many of a prompt's pictures, best first, as CLIP scores them"
     ),
@@ -300,6 +302,24 @@ def config_show(
     print(render(run, ds_config))
     if as_json:
         print(json.dumps(as_json_object(run, ds_config)))
+
+
+@config_app.command("options")
+def config_options(
+    config: str = CONFIG,
+    wanted: Optional[list[str]] = typer.Argument(
+        None, help="sections or settings, such as transformer, data.crops or dropout; default: all"
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """List a run config's settings: value, what is allowed, what it does.
+
+    lgpt config options phase3_500m transformer blocks
+    """
+    from lgpt.settings.options import as_json_list, options_of, options_table
+
+    options = options_of(load_run(config, None, ranks=1), wanted or [])
+    print_table(options_table(options, config), {"settings": as_json_list(options)}, as_json)
 
 
 @config_app.command("validate")

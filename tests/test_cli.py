@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,15 @@ def test_the_text_encoder_may_be_named_where_a_config_is_looked_at(command):
     assert done.returncode == 0, done.stderr
     assert "text.encoder 'nobody/clip' is unknown" in done.stdout
     assert "parameters not counted" in done.stdout
+
+
+def test_settings_are_listed_with_what_they_may_be():
+    done = lgpt("config", "options", "demo/phase3_shapes", "blocks", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "none | full | every_n | selective" in done.stdout
+    listed = json.loads(done.stdout.splitlines()[-1])["settings"]
+    assert [one["name"] for one in listed][:2] == ["blocks.checkpointing", "blocks.every"]
+    assert listed[1]["value"] == 2
 
 
 def test_both_players_of_phase_2_are_counted():

@@ -32,7 +32,11 @@ class OpenmojiSettings(Section):
 class DataSettings(Section):
     """One schema for every dataset: image, captions, split, id."""
 
-    dataset: Literal["flickr30k", "shapes", "openmoji", "folder"] = "flickr30k"
+    dataset: Literal["flickr30k", "shapes", "openmoji", "folder"] = Field(
+        "flickr30k",
+        description="shapes are drawn scenes and openmoji emoji, both without a download; folder: "
+        "your own pictures",
+    )
     source: Optional[NameOrPath] = Field(
         None,
         description="flickr30k: hub name, save_to_disk folder, folder of parquet files, or of "

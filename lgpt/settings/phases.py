@@ -41,9 +41,15 @@ class _PhaseBase(Section):
     experiment: ClassVar[str]
     default_deepspeed: ClassVar[str]
 
-    name: str = Field(..., min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs_folder: FolderOrFile = Path("runs")
-    seed: Seed = 0
+    name: str = Field(
+        ...,
+        min_length=1,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="of the run, its folder in runs_folder and its MLflow run",
+    )
+    runs_folder: FolderOrFile = Field(Path("runs"), description="where run folders are made")
+    seed: Seed = Field(0, description="of first weights, order, dropout and grids")
     data: DataSettings = DataSettings()
     batch: BatchSettings = BatchSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -75,7 +81,9 @@ class _PhaseBase(Section):
 class _TransformerPhase(_PhaseBase):
     trains: ClassVar[Trains] = "transformer"
 
-    conditioning: Literal["text_conditional", "unconditional"] = "text_conditional"
+    conditioning: Literal["text_conditional", "unconditional"] = Field(
+        "text_conditional", description="whether captions are read, by cross-attention"
+    )
     vqvae: VqvaeSourceSettings = VqvaeSourceSettings()
     text: TextSettings = TextSettings()
     latent_cache: Optional[FolderOrFile] = Field(
@@ -92,7 +100,7 @@ class Phase1(_TransformerPhase):
 
     experiment: ClassVar[str] = "latent-gpt-pretrained-vqvae"
     default_deepspeed: ClassVar[str] = "zero2_bf16"
-    phase: Literal[1] = 1
+    phase: Literal[1] = Field(1, description="a small transformer on a pretrained VQ-VAE")
 
 
 class Phase2(_PhaseBase):
@@ -101,7 +109,7 @@ class Phase2(_PhaseBase):
     trains: ClassVar[Trains] = "vqvae"
     experiment: ClassVar[str] = "vqvae-training"
     default_deepspeed: ClassVar[str] = "zero2_bf16"
-    phase: Literal[2] = 2
+    phase: Literal[2] = Field(2, description="the VQ-VAE")
     finetuning: FinetuningSettings = FinetuningSettings()
     vqvae: VqvaeSettings = VqvaeSettings()
     blocks: VqvaeBlockSettings = VqvaeBlockSettings()
@@ -116,7 +124,7 @@ class Phase3(_TransformerPhase):
 
     experiment: ClassVar[str] = "latent-gpt-custom-vqvae"
     default_deepspeed: ClassVar[str] = "zero3_bf16"
-    phase: Literal[3] = 3
+    phase: Literal[3] = Field(3, description="the large transformer on the VQ-VAE of phase 2")
 
 
 TransformerRun = Union[Phase1, Phase3]

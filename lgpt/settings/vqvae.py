@@ -14,7 +14,7 @@ VqvaeSource = Literal["pretrained_hf", "pretrained_taming", "pretrained_llamagen
 class VqvaeSettings(Section):
     """Architecture in taming-transformers' grammar (`ddconfig`, `params`), plus the quantizer."""
 
-    codebook_size: int = Field(16384, ge=2)
+    codebook_size: int = Field(16384, ge=2, description="codes to choose a token from")
     code_dim: int = Field(256, ge=2, description="width of a code vector (taming: embed_dim)")
     l2_normalized_codes: bool = Field(
         False, description="unit-length codes and latents (LlamaGen: code_dim 8)"
@@ -30,13 +30,19 @@ class VqvaeSettings(Section):
         description="only with codebook_update: ema; a code that is hardly used restarts at a "
         "random latent of the batch",
     )
-    z_channels: int = Field(256, ge=1)
+    z_channels: int = Field(256, ge=1, description="channels of what the encoder gives")
     ch: int = Field(128, ge=32, multiple_of=32, description="base width; GroupNorm has 32 groups")
-    ch_mult: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)
-    num_res_blocks: int = Field(2, ge=0)
-    attn_resolutions: tuple[int, ...] = (16,)
+    ch_mult: tuple[int, ...] = Field(
+        (1, 1, 2, 2, 4),
+        min_length=1,
+        description="width of each level in multiples of ch; a token's side is 2^(levels - 1)",
+    )
+    num_res_blocks: int = Field(2, ge=0, description="residual blocks a level")
+    attn_resolutions: tuple[int, ...] = Field(
+        (16,), description="levels of this many pixels a side have attention"
+    )
     resolution: int = Field(256, ge=8, description="nominal side that attn_resolutions refers to")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="in residual blocks")
 
     @property
     def downsample_factor(self) -> int:
@@ -47,8 +53,10 @@ class VqvaeSettings(Section):
 class VqvaeLossSettings(Section):
     """What phase 2 minimises."""
 
-    reconstruction: Literal["l1", "l2"] = "l1"
-    codebook_weight: float = Field(1.0, ge=0)
+    reconstruction: Literal["l1", "l2"] = Field("l1", description="distance of pixels")
+    codebook_weight: float = Field(
+        1.0, ge=0, description="of the codes' distance to latents; unused with ema"
+    )
     commitment_weight: float = Field(0.25, ge=0, description="beta, on the encoder's side")
     entropy_weight: float = Field(
         0.0, ge=0, description="pulls latents to one code each and all codes into use; IBQ: 0.05"
@@ -57,7 +65,7 @@ class VqvaeLossSettings(Section):
     perceptual: Literal["none", "lpips"] = Field(
         "none", description="lpips: how different pictures look to VGG16, beside the pixels"
     )
-    perceptual_weight: float = Field(1.0, gt=0)
+    perceptual_weight: float = Field(1.0, gt=0, description="of lpips beside the pixels")
     vgg16_weights: Optional[FolderOrFile] = Field(
         None, description="vgg16-397923af.pth; default: torchvision's cache; never downloaded"
     )
@@ -111,7 +119,9 @@ class FinetuningSettings(Section):
 class VqvaeSourceSettings(Section):
     """A trained VQ-VAE, and who made it."""
 
-    source: VqvaeSource = "pretrained_hf"
+    source: VqvaeSource = Field(
+        "pretrained_hf", description="whose layout the files have; custom is our own"
+    )
     checkpoint: NameOrPath = Field(
         "dalle-mini/vqgan_imagenet_f16_16384",
         description="hub name, folder or file; for custom a model folder or a phase 2 run folder",
