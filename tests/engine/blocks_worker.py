@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from lgpt.core.distributed import is_rank_zero, leave_process_group, rank
 from lgpt.engine.blocks import apply_block_settings
@@ -21,12 +22,12 @@ from lgpt.settings.blocks import BlockSettings
 from lgpt.settings.training import OptimizerSettings
 
 STEPS = 3
-CONFIG = LatentGPTConfig(32, 3, 3, 8, layers=3, hidden=16, heads=2, dropout=0.2, zero_head=False)
+SHAPE: dict[str, Any] = {"layers": 3, "hidden": 16, "heads": 2, "zero_head": False}
 
 
-def run_steps(stage: int, blocks: BlockSettings) -> list[tuple[float, float]]:
+def run_steps(stage: int, dropout: float, blocks: BlockSettings) -> list[tuple[float, float]]:
     torch.manual_seed(0)
-    model = LatentGPT(CONFIG)
+    model = LatentGPT(LatentGPTConfig(32, 3, 3, 8, dropout=dropout, **SHAPE))
     apply_block_settings(model, blocks)
     ds_config = {
         "train_batch_size": 4,
@@ -54,9 +55,15 @@ def main() -> None:
     start_process_group()
     results: dict[str, Any] = {}
     for stage in (2, 3):
-        for text in words[1:]:
+        for text in words[2:]:
+            torch._dynamo.reset()
+            counters.clear()
             blocks = BlockSettings.model_validate_json(text)
-            results[f"{stage} {text}"] = run_steps(stage, blocks)
+            results[f"{stage} {text}"] = {
+                "steps": run_steps(stage, float(words[1]), blocks),
+                "graphs": counters["stats"]["unique_graphs"],
+                "graph_breaks": dict(counters["graph_break"]),
+            }
     if is_rank_zero():
         Path(words[0]).write_text(json.dumps(results))
     leave_process_group()
