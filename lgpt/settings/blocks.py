@@ -24,7 +24,9 @@ class BlockSettings(Section):
         "torch", description="whose function does it; only torch's can be selective"
     )
     compile: bool = Field(
-        False, description="torch.compile; needs a C++ compiler on CPUs, minutes at the start"
+        False,
+        description="torch.compile; needs a C++ compiler on CPUs, minutes at the start; not with "
+        "selective, which would find no products to keep",
     )
 
 

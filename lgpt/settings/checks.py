@@ -260,14 +260,24 @@ def _transformer(run: TransformerRun, at: At) -> list[Problem]:
 
 def _blocks(run: TransformerRun, at: At) -> list[Problem]:
     blocks = run.blocks
-    if blocks.checkpointing != "selective" or blocks.checkpointed_by == "torch":
+    if blocks.checkpointing != "selective":
         return []
-    text = (
-        f"{at('blocks.checkpointed_by')} computes all again that it is given, but "
-        f"{at('blocks.checkpointing')}; set checkpointed_by to torch, or checkpointing to full or "
-        "every_n."
-    )
-    return [problem(text, "blocks.checkpointed_by", "blocks.checkpointing")]
+    problems = []
+    if blocks.checkpointed_by != "torch":
+        text = (
+            f"{at('blocks.checkpointed_by')} computes all again that it is given, but "
+            f"{at('blocks.checkpointing')}; set checkpointed_by to torch, or checkpointing to full "
+            "or every_n."
+        )
+        problems.append(problem(text, "blocks.checkpointed_by", "blocks.checkpointing"))
+    if blocks.compile:
+        text = (
+            f"{at('blocks.compile')} hides a block's products, so that "
+            f"{at('blocks.checkpointing')} would compute all of them again; set compile to false, "
+            "or checkpointing to full or every_n."
+        )
+        problems.append(problem(text, "blocks.compile", "blocks.checkpointing"))
+    return problems
 
 
 def _sampling(run: TransformerRun, at: At) -> list[Problem]:

@@ -247,6 +247,20 @@ def test_a_mapping_where_a_value_belongs_is_told_with_its_place(tmp_path):
             ["transformer.attention=flash", "training.precision=fp32"],
             ["no float32 kernel"],
         ),
+        (
+            TRANSFORMER,
+            ["blocks.checkpointing=selective", "blocks.checkpointed_by=deepspeed"],
+            [
+                'checkpointed_by = "deepspeed"',
+                'checkpointing = "selective"',
+                "set checkpointed_by to",
+            ],
+        ),
+        (
+            TRANSFORMER,
+            ["blocks.checkpointing=selective", "blocks.compile=true"],
+            ["compile = true", 'checkpointing = "selective"', "set compile to false"],
+        ),
         (TRANSFORMER, ["sampling.prompts=[a,b]", "sampling.images=1"], ["has 2 entries"]),
         (TRANSFORMER, ["sampling.top_k=300", "vqvae.codebook_size=256"], ["at most", "256"]),
         (TRANSFORMER, ["vqvae.source=custom", "vqvae.checkpoint=a"], ["does not fit phase = 1"]),
