@@ -44,6 +44,9 @@ _KEPT = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
+# Kept too; by its name, because it exists only where flash-attn has been imported. Before 2.7
+# flash-attn registered no operation: no policy sees its attention, which is then made again.
+_KEPT_OF_FLASH_ATTN = "flash_attn::_flash_attn_forward"
 
 
 def apply_block_settings(model: LatentGPT, settings: BlockSettings) -> None:
@@ -111,7 +114,9 @@ def _checkpointed_call(settings: BlockSettings) -> Callable[..., Any]:
 
 
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    if operation in _KEPT or operation.name() == _KEPT_OF_FLASH_ATTN:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _compile(model: LatentGPT) -> None:

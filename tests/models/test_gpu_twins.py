@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_flash_attn import install_fake_flash_attn
 from torch import Tensor
 from torch.nn import functional
 
@@ -146,6 +147,33 @@ def test_checkpointing_changes_no_gradient(place: Place, checkpointing: str):
     assert len(found) == len(expected) > 20
     for mine, reference in zip(found, expected):
         torch.testing.assert_close(mine, reference, atol=place[3] / 10, rtol=place[3])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("checkpointing", "runs_a_block"), [("none", 1), ("full", 2), ("selective", 1)]
+)
+def test_selective_checkpointing_does_not_run_flash_attention_again(
+    device: str, checkpointing: str, runs_a_block: int, monkeypatch: pytest.MonkeyPatch
+):
+    if device == "cpu":
+        place: Place = ("cpu", torch.float32, "auto", 0)
+        install_fake_flash_attn(monkeypatch)
+        monkeypatch.setattr("lgpt.models.latent_gpt.choose_kernel", lambda *_: "flash")
+    else:
+        place = ("cuda", torch.bfloat16, "flash", 0)
+    kernels, runs = pytest.importorskip("flash_attn_2_cuda"), []
+    forward = kernels.fwd
+
+    def counted_forward(*args: Any) -> Any:
+        runs.append(None)
+        return forward(*args)
+
+    monkeypatch.setattr(kernels, "fwd", counted_forward)
+    model, (tokens, text, null_text) = model_at(place), batch_at(place)
+    apply_block_settings(model, BlockSettings(checkpointing=checkpointing))
+    model(tokens, text, targets=tokens, null_text=null_text).backward()
+    assert len(runs) == runs_a_block * CONFIG.layers
 
 
 @pytest.mark.slow
