@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lgpt.engine.blocks import apply_block_settings
-from lgpt.models.attention import causal_attention
+from lgpt.models.attention import CrossAttention, causal_attention
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.token_head import TokenHead
 from lgpt.sampling.generate import GuidedDecoder, generate_tokens
@@ -136,16 +136,43 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(place: Place):
         assert float((found.float() - expected).abs().max()) <= tolerance * scale
 
 
-def test_attention_is_the_plain_formula(place: Place):
+def plain_attention(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask: Tensor) -> Tensor:
+    """The formula; `mask` is True where a query sees a key."""
+    scores = torch.einsum("blnk,bsnk->bnls", q_BLNK, k_BSNK) / math.sqrt(q_BLNK.shape[3])
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+    return torch.einsum("bnls,bsnk->blnk", weights, v_BSNK)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_attention_and_its_gradients_are_the_plain_formula(place: Place, kind: str):
     device, dtype, kernel, tolerance = place
     torch.manual_seed(3)
-    q, k, v = torch.randn(3, 2, 48, 4, 64, device=device, dtype=dtype).unbind(0)
-    scores = torch.einsum("blnk,bsnk->bnls", q.double(), k.double()) / 8
-    later = torch.ones(48, 48, dtype=torch.bool, device=device).triu(1)
-    weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)
-    expected = torch.einsum("bnls,bsnk->blnk", weights, v.double())
-    found = causal_attention(q, k, v, kernel).double()
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    keys = 48 if kind == "self" else 20
+    q, upstream = torch.randn(2, 2, 48, 4, 64, device=device, dtype=dtype)
+    k, v = torch.randn(2, 2, keys, 4, 64, device=device, dtype=dtype)
+    if kind == "self":
+        mask = torch.ones(48, 48, dtype=torch.bool, device=device).tril()
+    else:  # one sample sees a single key, the other 13
+        places = torch.arange(keys, device=device).expand(2, 1, 1, keys)
+        mask = places < torch.tensor([1, 13], device=device).view(2, 1, 1, 1)
+    layer = CrossAttention(256, 256, 4, "rmsnorm", qk_norm=False).to(device, dtype)
+    for matrix in (layer.q.weight, layer.out.weight):
+        torch.nn.init.eye_(matrix)
+
+    def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
+        if kind == "self":
+            return causal_attention(q_BLNK, k_BSNK, v_BSNK, kernel)
+        k_BNSK, v_BNSK = k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
+        return layer(q_BLNK.flatten(2), k_BNSK, v_BNSK, mask).view_as(q_BLNK)
+
+    given = [tensor.requires_grad_() for tensor in (q, k, v)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    attended, expected = attend(*given), plain_attention(*exact, mask)
+    found = (attended, *torch.autograd.grad(attended, given, upstream))
+    references = (expected, *torch.autograd.grad(expected, exact, upstream.double()))
+    for mine, reference in zip(found, references):
+        error = (mine.detach().double() - reference.detach()).abs().max()
+        assert error <= tolerance / 2 * reference.detach().abs().max()
 
 
 @pytest.mark.parametrize("checkpointing", ["full", "every_n", "selective"])
