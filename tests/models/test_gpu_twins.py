@@ -193,6 +193,26 @@ def test_checkpointing_changes_no_gradient(place: Place, checkpointing: str):
         torch.testing.assert_close(mine, reference, atol=place[3] / 10, rtol=place[3])
 
 
+def test_a_tiny_model_learns_eight_pictures_to_the_token(place: Place):
+    model, (tokens, text, _) = model_at(place).train(), batch_at(place, images=8)
+    nobody = torch.zeros(8, dtype=torch.bool, device=tokens.device)
+    # As DeepSpeed does in bf16: steps are taken in float32, the model holds them rounded.
+    masters = [parameter.detach().float().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(masters, lr=5e-3)
+    for _ in range(600):
+        loss = model(tokens, text, targets=tokens, null_text=nobody)
+        loss.backward()
+        if float(loss.detach()) < 0.003:
+            break
+        for master, parameter in zip(masters, model.parameters()):
+            master.grad, parameter.grad = parameter.grad.float(), None
+        optimizer.step()
+        for master, parameter in zip(masters, model.parameters()):
+            parameter.data.copy_(master)
+    drawn = generate_tokens(model.eval(), text, seeds=range(8), top_k=1, guidance=1.0)
+    assert torch.equal(drawn.flatten(1), tokens)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("checkpointing", "runs_a_block"), [("none", 1), ("full", 2), ("selective", 1)]
