@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lgpt.engine.build import parameter_groups
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.models.vqvae import VQVAE, VQVAEConfig
 
 
@@ -36,6 +38,35 @@ def test_kernels_are_decayed_and_codes_norms_and_biases_are_not():
     others = [name for name in spared_names if name != "quantize.embedding.weight"]
     assert all("norm" in name or name.endswith("bias") for name in others)
     assert {parameter.ndim for parameter in decayed["params"]} == {4}
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+@pytest.mark.parametrize("is_in_parts", [False, True], ids=["whole", "in-parts-as-under-zero3"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_of_the_transformer_only_the_products_matrices_are_decayed(norm, is_in_parts):
+    shape = {"layers": 2, "hidden": 16, "heads": 2, "positions": "learned", "norm": norm}
+    model = LatentGPT(LatentGPTConfig(8, 2, 2, text_width=8, **shape))
+    matrices = ["self_attention.qkv", "self_attention.out", "mlp.up", "mlp.down"]
+    matrices += ["cross_attention.q", "cross_attention.kv", "cross_attention.out"]
+    norms = ["self_norm", "cross_norm", "mlp_norm"]
+    norms += [f"{kind}_attention.{of}_norm" for kind in ("self", "cross") for of in "qk"]
+    embeddings = ["token_embedding", "start_embedding", "null_embedding", "position_embedding"]
+    all_norms = ["text_norm", "final_norm"]
+    all_norms += [f"blocks.{block}.{name}" for block in range(2) for name in norms]
+    spared_names = {f"{name}.weight" for name in embeddings + all_norms}
+    if norm == "layernorm":
+        spared_names |= {f"{name}.bias" for name in all_norms}
+    decayed_names = {f"blocks.{block}.{name}.weight" for block in range(2) for name in matrices}
+    decayed_names.add("head.weight")
+    if is_in_parts:
+        for parameter in model.parameters():
+            parameter.ds_shape = parameter.shape
+            parameter.data = torch.empty(0)
+    decayed, spared = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(parameter)] for parameter in decayed["params"]} == decayed_names
+    assert {names[id(parameter)] for parameter in spared["params"]} == spared_names
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
