@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 BIN = Path(sys.executable).parent
+PROMPTS = ["a red circle", "a blue square"]
 pytestmark = pytest.mark.slow
 
 
@@ -93,7 +95,7 @@ def phase3(home: Path, phase2: Path, phase1: Path) -> Path:
         vqvae={"source": "custom", "checkpoint": str(phase2)},
         latent_cache=str(home / "latents-phase3"),
         training={**tiny.training(steps, "bf16"), "sample_every": steps},
-        sampling={"images": 4},
+        sampling={"images": 4, "prompts": PROMPTS},
         checkpoint={"every_steps": 1000},
         init_from=str(phase1 / "checkpoints" / "step_4"),
     )
@@ -150,6 +152,30 @@ def test_the_logits_of_conversions_are_those_of_the_training(phase3: Path, tmp_p
     assert told["count"] == 2 * 8 * 32
     assert told["largest_difference"] <= 0.02 * told["largest_logit"]
     assert f"largest difference of logits: {told['largest_difference']:.6g}" in done.stdout
+
+
+def test_the_grid_drawn_under_zero_3_is_the_converted_models(phase3: Path, tmp_path: Path):
+    """Two pictures on each rank, drawn through blocks that are gathered one after the other."""
+    from lgpt import LatentGPT, TextToImagePipeline, load_vqvae
+    from lgpt.engine.start import Float32Products, multiplies_bf16
+    from lgpt.sampling.picture_grid import picture_grid
+
+    _lgpt("convert", phase3, tmp_path / "model")
+    model = LatentGPT.from_pretrained(tmp_path / "model").bfloat16()
+    parts = json.loads((tmp_path / "model" / "pipeline.json").read_text())
+    vqvae = load_vqvae("custom", str(tmp_path / "model" / "vqvae"))
+    pipeline = TextToImagePipeline(
+        model, vqvae, tmp_path / "model" / parts["text_encoder"], parts["sampling"]
+    )
+    is_bf16 = multiplies_bf16(torch.device("cpu"))
+    with contextlib.nullcontext() if is_bf16 else Float32Products():  # as training computes
+        pictures = [p for rank in (0, 1) for p in pipeline(PROMPTS, seed=[2 * rank, 2 * rank + 1])]
+    assert pictures[0].tobytes() != pictures[2].tobytes(), "seeds make no difference"
+    with Image.open(phase3 / "samples" / "step_0000030_samples.png") as drawn:
+        expected = picture_grid(pictures, PROMPTS * 2)
+        assert drawn.size == expected.size
+        # 2: pictures decoded side by side are rounded otherwise.
+        assert max(high for _, high in ImageChops.difference(drawn, expected).getextrema()) <= 2
 
 
 def test_phase2_leaves_a_vqvae_and_reconstructions(phase2: Path):
