@@ -26,7 +26,7 @@ class BlockSettings(Section):
     compile: bool = Field(
         False,
         description="torch.compile; needs a C++ compiler on CPUs, minutes at the start; not with "
-        "selective, which would find no products to keep",
+        "selective, which cannot keep products in compiled code",
     )
 
 

@@ -272,9 +272,9 @@ def _blocks(run: TransformerRun, at: At) -> list[Problem]:
         problems.append(problem(text, "blocks.checkpointed_by", "blocks.checkpointing"))
     if blocks.compile:
         text = (
-            f"{at('blocks.compile')} hides a block's products, so that "
-            f"{at('blocks.checkpointing')} would compute all of them again; set compile to false, "
-            "or checkpointing to full or every_n."
+            f"{at('blocks.compile')} does not go with {at('blocks.checkpointing')}: products in "
+            "compiled code cannot be kept (torch 2.6 would run the blocks as they are); set "
+            "compile to false, or checkpointing to full or every_n."
         )
         problems.append(problem(text, "blocks.compile", "blocks.checkpointing"))
     return problems
