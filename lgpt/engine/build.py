@@ -72,9 +72,9 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
         # DeepSpeed's own linear function multiplies in bf16 in its backward (seen: 2 s a step).
         config["zero_optimization"]["memory_efficient_linear"] = False
     if world_size() == 1 and config["zero_optimization"]["stage"] < 3:
-        # Nobody to scatter to, yet DeepSpeed copies each bucket for it, and back (0.19.8). The bits
-        # are the same.
-        config["zero_optimization"]["reduce_scatter"] = False
+        # Nobody to scatter to or to wait for, yet DeepSpeed copies each bucket for the one, and
+        # back, and makes a second bucket for the other (0.19.8). The bits are the same.
+        config["zero_optimization"].update(reduce_scatter=False, overlap_comm=False)
     if any(parameter.is_meta for parameter in model.parameters()):
         make_first_weights(model, config)
     groups = parameter_groups(model, optimizer.weight_decay)

@@ -20,15 +20,21 @@ STEPS, ACCUMULATION = 3, 2
 ONLY_RANK = build.world_size
 
 
-def run_steps(precision: str, stage: int, has_others: bool) -> tuple[bool, list[torch.Tensor]]:
-    """Whether it scatters, and the norm after each of three steps, then the weights."""
+def run_steps(
+    precision: str, stage: int, has_others: bool
+) -> tuple[list[bool], list[torch.Tensor]]:
+    """Whether it scatters and overlaps, and three steps' norms, then the weights."""
     build.world_size = (lambda: 2) if has_others else ONLY_RANK
     ds_config: dict[str, Any] = {
         "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 0.1,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 5000,
+            "overlap_comm": True,
+        },
     }
     if precision == "bf16":
         ds_config["bf16"] = {"enabled": True}
@@ -44,9 +50,9 @@ def run_steps(precision: str, stage: int, has_others: bool) -> tuple[bool, list[
         if micro_step % ACCUMULATION == 0:
             seen.append(torch.tensor(build.gradient_norm(engine)))
     seen += [parameter.detach().clone() for parameter in model.parameters()]
-    scatters = engine.optimizer.reduce_scatter
+    shares = [engine.optimizer.reduce_scatter, engine.optimizer.overlap_comm]
     engine.destroy()
-    return scatters, seen
+    return shares, seen
 
 
 def steps_after_a_broken_one(stage: int) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def main() -> None:
         alone, got = run_steps(precision, stage, has_others=False)
         among_others, expected = run_steps(precision, stage, has_others=True)
         results[f"{precision} {stage}"] = {
-            "scatters": [alone, among_others],
+            "shares": [alone, among_others],
             "equal": [torch.equal(one, other) for one, other in zip(got, expected)],
             "norms": [float(norm) for norm in got[:STEPS]],
         }

@@ -80,11 +80,11 @@ def one_rank() -> dict[str, Any]:
     return results
 
 
-def test_a_rank_alone_does_not_scatter_gradients_and_computes_the_same(one_rank):
+def test_a_rank_alone_shares_no_gradients_and_computes_the_same(one_rank):
     results = one_rank["scattering"]
     assert set(results) == {"fp32 1", "fp32 2", "bf16 2"}
     for seen in results.values():
-        assert seen["scatters"] == [False, True]
+        assert seen["shares"] == [[False, False], [True, True]]
         assert len(seen["equal"]) > 20
         assert all(seen["equal"])
         assert len(set(seen["norms"])) == 3
