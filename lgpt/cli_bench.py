@@ -128,12 +128,16 @@ def bench_sample_command(
     ),
     words: int = typer.Option(20, min=1, max=77, help="text tokens of a prompt"),
     peers: bool = typer.Option(
-        True, help="also LlamaGen's sampler and transformers' GPT2, at equal parameters"
+        True,
+        help="also LlamaGen's sampler and transformers' GPT2, at equal parameters; text only",
     ),
     int8: bool = typer.Option(False, "--int8", help="also ours with 8-bit weights (CPU)"),
     as_json: bool = JSON,
 ) -> None:
-    """Measure drawing with guidance: tokens a second, beside two others and the memory bound."""
+    """Measure drawing: tokens a second, beside two others and the memory bound.
+
+    With guidance where the run reads text; an unconditional one alone, without.
+    """
     run = load_transformer_run(config, overrides)
     from lgpt.sampling.bench_sample import bench_sample, sample_table
 

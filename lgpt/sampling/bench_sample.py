@@ -2,9 +2,10 @@
 
 A token cannot come sooner than the weights and caches that it needs come out of memory: that is the
 bound. All systems draw with guidance on random weights, each in the faster dtype that it has here:
-PyTorch's bf16 needs bf16 units, ours a compiler. They take turns in every round, so that a machine
-that gets slower does it to all. Time counts from the first drawn token on, so reading the text and
-a picture's beginning is in nobody's favour.
+PyTorch's bf16 needs bf16 units, ours a compiler. An unconditional model draws without text and
+guidance, one row a picture, and alone: both others read a text. They take turns in every round, so
+that a machine that gets slower does it to all. Time counts from the first drawn token on, so
+reading the text and a picture's beginning is in nobody's favour.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def bench_sample(
     peers: bool = True,
     int8: bool = False,
 ) -> dict[str, Any]:
-    """Measure drawing with a run's transformer, random weights, guidance on.
+    """Measure drawing with a run's transformer, random weights, with guidance if it reads text.
 
     Args:
         run: Its transformer, resolution, VQ-VAE, text encoder and sampling numbers are taken; none
@@ -54,15 +55,16 @@ def bench_sample(
         batches: Pictures at a time, measured one after the other.
         rounds: Each lets every system draw once; medians are given.
         tokens: Draw only a picture's last so many, after random ones that are given.
-        words: Text tokens of a prompt.
-        peers: Measure LlamaGen's sampler and transformers' GPT2 too.
+        words: Text tokens of a prompt; an unconditional model has none.
+        peers: Measure LlamaGen's sampler and transformers' GPT2 too, if the run's model reads text.
         int8: Measure ours with 8-bit weights too, on a CPU.
 
     Returns:
         JSON values. For every batch and system tokens and images a second, for ours (and in `int8`
         for its 8-bit weights) also the bytes that a step reads (weights once, caches half full),
         the tokens a second that the measured read bandwidth allows, and the share of them that was
-        reached; `ratios` are ours by theirs, medians over rounds.
+        reached; `ratios` are ours by theirs, medians over rounds. `left_out` are peers that were
+        asked for and cannot draw what the run's model does.
 
     Raises:
         SettingsError: The shape cannot be known from the settings, `tokens` do not fit, or there
@@ -70,11 +72,8 @@ def bench_sample(
     """
     codes, side, text_width = transformer_surroundings(run)
     config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
-    if config.text_width is None:
-        raise SettingsError(
-            "bench sample measures with guidance, and conditioning is unconditional: there is no "
-            "text to guide by; give conditioning=text_conditional."
-        )
+    has_text = config.text_width is not None
+    words = words if has_text else 0
     tokens = tokens or config.num_tokens
     if not 2 <= tokens <= config.num_tokens:
         raise SettingsError(f"--tokens {tokens} must lie between 2 and {config.num_tokens}.")
@@ -85,11 +84,11 @@ def bench_sample(
     systems: dict[str, Any] = {OURS: ours}
     if int8:
         systems[INT8] = _Ours(config, run, device, torch.int8)
-    if peers:
+    if peers and has_text:
         for name, kind in ((LLAMAGEN, LlamaGenSampler), (GPT2, Gpt2Sampler)):
             systems[name] = kind(config, ours.parameters_count, device, peers_dtype)
     numbers = {
-        "guidance": max(run.sampling.guidance, _LEAST_GUIDANCE),
+        "guidance": max(run.sampling.guidance, _LEAST_GUIDANCE) if has_text else 1.0,
         "temperature": run.sampling.temperature,
         "top_k": run.sampling.top_k,
     }
@@ -107,6 +106,7 @@ def bench_sample(
         "rounds": rounds,
         **numbers,
         "parameters": {name: system.parameters_count for name, system in systems.items()},
+        "left_out": [LLAMAGEN, GPT2] if peers and not has_text else [],
         "batches": results,
         "peak_bytes": peak_bytes(device),
     }
@@ -135,25 +135,27 @@ class _Ours:
         self.model = model
 
     def bytes_per_step(self, batch: int, words: int, places: float) -> float:
-        """What one step must read: weights, and of both halves' caches what is filled and seen."""
+        """What one step must read: weights, and of each row's caches what is filled and seen."""
         config = self.model.config
         kept = self.model.start_decoding(max_batch=1).blocks[0].image.keys
         per_position = 2 * config.hidden * config.layers * kept.element_size()
-        seen = 2 * places + (1 + words) + 1  # without text the null embedding alone
+        seen = places + 1  # without text the null embedding alone
+        if config.text_width is not None:
+            seen += places + 1 + words
         return self.weight_bytes + batch * per_position * seen
 
-    def draw(self, text: Tensor, given: Tensor, **numbers: Any) -> list[float]:
+    def draw(self, text: Optional[Tensor], given: Tensor, **numbers: Any) -> list[float]:
         """The moments at which tokens were there; as the peers' `draw`."""
         stamps: list[float] = []
 
         def progress(count: int) -> None:
-            stamps.append(seconds_when_done(text.device))
+            stamps.append(seconds_when_done(given.device))
 
         sampling = self.run.sampling
         generate_tokens(
             self.model,
             text,
-            seeds=range(len(text)),
+            seeds=range(len(given)),
             given=given if given.shape[1] else None,
             progress=progress,
             guidance_schedule=sampling.guidance_schedule,
@@ -176,7 +178,9 @@ def _measure(
     """All systems at one batch size, in turn, round after round; one more round warms them up."""
     ours: _Ours = systems[OURS]
     device = next(ours.model.parameters()).device
-    text = torch.randn(batch, words, config.text_width or 0, device=device)
+    text = None
+    if config.text_width is not None:
+        text = torch.randn(batch, words, config.text_width, device=device)
     given_shape = (batch, config.num_tokens - tokens)
     given = torch.randint(config.codebook_size, given_shape, device=device)
     memory = torch.ones(_READ_BYTES // 4, device=device)
@@ -236,12 +240,13 @@ def _bytes_per_second(memory: Tensor) -> float:
 def sample_table(result: dict[str, Any]) -> Table:
     """The result of `bench_sample` for people."""
     drawn = f"{result['tokens_drawn']} of {result['tokens_per_image']} tokens"
+    drawn += f" with guidance {result['guidance']:g}" if result["text_tokens"] else " without text"
     dtypes = result["dtype"]
     if len(result["parameters"]) > 1 and result["peers_dtype"] != dtypes:
         dtypes += f" (the others {result['peers_dtype']}, their faster one here)"
     table = Table(
-        title=f"Drawing {drawn} with guidance {result['guidance']:g}, {dtypes}, on "
-        f"{result['device']}, peak {result['peak_bytes'] / 2**30:.1f} GiB"
+        title=f"Drawing {drawn}, {dtypes}, on {result['device']}, "
+        f"peak {result['peak_bytes'] / 2**30:.1f} GiB"
     )
     for name in ("batch", "sampler"):
         table.add_column(name)
@@ -263,4 +268,6 @@ def sample_table(result: dict[str, Any]) -> Table:
                 else f"{bounded['bandwidth_share']:.0%} of {bounded['bound_tokens_per_second']:.0f}"
                 " tokens/s",
             )
+    if result["left_out"]:
+        table.caption = f"without {' and '.join(result['left_out'])}: they draw from a text only"
     return table

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lgpt.cli import app
 from lgpt.core.errors import SettingsError
-from lgpt.models.latent_gpt import LatentGPTConfig
+from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.sampling.bench_peers import (
     Gpt2Sampler,
     LlamaGenSampler,
@@ -19,6 +19,7 @@ from lgpt.sampling.bench_peers import (
     gpt2_parameters,
     llamagen_parameters,
 )
+from lgpt.sampling.bench_sample import sample_table
 
 TINY = [
     "demo/phase3_shapes",
@@ -84,11 +85,44 @@ def test_8_bit_weights_are_one_more_contestant_with_a_bound_of_its_own() -> None
     assert 0 < measured["int8"]["bandwidth_share"] < 1
 
 
+def test_an_unconditional_model_draws_alone_one_row_a_picture() -> None:
+    without_text = "conditioning=unconditional"
+    result = bench(without_text, "--batch", 3, "--rounds", 1, "--words", 5)
+    assert (result["guidance"], result["text_tokens"]) == (1.0, 0)
+    assert list(result["parameters"]) == ["lgpt"]
+    assert result["left_out"] == ["LlamaGen's sampler", "transformers' GPT2"]
+    assert "without LlamaGen's sampler and" in str(sample_table(result).caption)
+    matrices = 2 * (4 * 64**2 + 2 * 64**2 + 3 * 64 * 128) + 64 * 64
+    bytes_a_number = {"float32": 4, "bfloat16": 2}[result["dtype"]]
+    caches = 3 * 2 * 2 * 64 * ((16 - 8) + 1) * bytes_a_number  # half full on average, and null
+    (measured,) = result["batches"]
+    few = 2000 * bytes_a_number
+    assert 0 < measured["bytes_per_step"] - matrices * bytes_a_number - caches < few
+    assert bench(without_text, "--batch", 1, "--rounds", 1, "--no-peers")["left_out"] == []
+
+
+def test_without_text_the_decoder_gets_as_many_rows_as_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows: list[int] = []
+    decode = LatentGPT.decode_next
+
+    def seen(self: LatentGPT, tokens: Any, state: Any) -> torch.Tensor:
+        logits = decode(self, tokens, state)
+        rows.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(LatentGPT, "decode_next", seen)
+    bench("--batch", 3, "--rounds", 1, "--no-peers")
+    assert set(rows) == {6}
+    rows.clear()
+    bench("conditioning=unconditional", "--batch", 3, "--rounds", 1)
+    assert set(rows) == {3}
+
+
 def test_what_cannot_be_measured_is_named() -> None:
     with pytest.raises(SettingsError, match="--tokens 17 must lie between 2 and 16"):
         bench("--tokens", 17)
-    with pytest.raises(SettingsError, match="conditioning is unconditional"):
-        bench("conditioning=unconditional")
 
 
 def test_the_peers_have_the_published_sizes_and_ours() -> None:
