@@ -13,11 +13,46 @@ import torch
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes ever allocated: on CUDA by torch, on a CPU the process's peak resident set."""
+    """Most bytes allocated so far: on CUDA by torch, on a CPU the process's peak resident set.
+
+    Counted from the start, or from the last `forget_peak`.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    own = _own_peak_bytes()
+    if own is not None:
+        return own
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _own_peak_bytes() -> Optional[int]:
+    """Linux's VmHWM. rusage's figure begins with what the parent had at the start."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith("VmHWM:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Let `peak_bytes` count from what is in use now.
+
+    Returns:
+        False where the system cannot: then it still counts from the start of the process.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    trim = _of_malloc("malloc_trim")
+    if trim is not None:
+        trim(0)  # freed memory that has stayed with the process is not in use
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def resident_bytes() -> Optional[tuple[int, int]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lgpt.engine.memory import keep_freed_memory, peak_bytes
+from lgpt.engine.memory import forget_peak, keep_freed_memory, peak_bytes
 
 _FAULTS_OF_LATER_STEPS = """
 import resource, statistics, sys
@@ -111,3 +113,40 @@ def test_peak_counts_what_a_tensor_took() -> None:
     before = peak_bytes(torch.device("cpu"))
     taken = torch.ones(before // 4 + 2**24)
     assert peak_bytes(torch.device("cpu")) >= taken.numel() * 4
+
+
+needs_clear_refs = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux's /proc"
+)
+
+
+@needs_clear_refs
+def test_a_forgotten_peak_leaves_what_is_in_use_and_what_comes() -> None:
+    cpu, mib = torch.device("cpu"), 2**20
+    kept, freed = torch.ones(25 * mib), torch.ones(100 * mib)  # 100 and 400 MiB
+    before = peak_bytes(cpu)
+    del freed
+    assert forget_peak(cpu)
+    in_use = peak_bytes(cpu)
+    assert kept.numel() * 4 < in_use < before - 350 * mib
+    torch.ones(50 * mib)
+    assert in_use + 190 * mib < peak_bytes(cpu) < before
+
+
+@needs_clear_refs
+def test_a_peak_is_not_that_of_the_process_that_started_it() -> None:
+    program = "import torch; from lgpt.engine.memory import peak_bytes\n"
+    program += "print(peak_bytes(torch.device('cpu')))"
+    large = torch.ones(250 * 2**20)  # 1,000 MiB
+    (peak,) = _lines_of(program)
+    assert int(peak) < large.numel() * 4
+
+
+def test_where_there_is_no_proc_a_peak_cannot_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, *_: object) -> None:
+        raise FileNotFoundError(str(self))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert not forget_peak(torch.device("cpu"))
+    assert peak_bytes(torch.device("cpu")) > 2**20  # as rusage tells it
