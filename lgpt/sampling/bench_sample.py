@@ -5,7 +5,8 @@ bound. All systems draw with guidance on random weights, each in the faster dtyp
 PyTorch's bf16 needs bf16 units, ours a compiler. An unconditional model draws without text and
 guidance, one row a picture, and alone: both others read a text. They take turns in every round, so
 that a machine that gets slower does it to all. Time counts from the first drawn token on, so
-reading the text and a picture's beginning is in nobody's favour.
+reading the text and a picture's beginning is in nobody's favour. Memory is measured before: ours
+draws each batch once while nothing else is built.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from lgpt.core.errors import SettingsError
 from lgpt.data.progress import progress
 from lgpt.engine.clock import seconds_when_done
-from lgpt.engine.memory import peak_bytes
+from lgpt.engine.memory import forget_peak, peak_bytes
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.planning.parameters import transformer_surroundings
@@ -63,8 +64,10 @@ def bench_sample(
         JSON values. For every batch and system tokens and images a second, for ours (and in `int8`
         for its 8-bit weights) also the bytes that a step reads (weights once, caches half full),
         the tokens a second that the measured read bandwidth allows, and the share of them that was
-        reached; `ratios` are ours by theirs, medians over rounds. `left_out` are peers that were
-        asked for and cannot draw what the run's model does.
+        reached; `peak_bytes` is the most that this process took (on CUDA: allocated) while ours
+        alone drew the batch, its weights included; None where the system does not tell. `ratios`
+        are ours by theirs, medians over rounds. `left_out` are peers that were asked for and cannot
+        draw what the run's model does.
 
     Raises:
         SettingsError: The shape cannot be known from the settings, `tokens` do not fit, or there
@@ -81,19 +84,21 @@ def bench_sample(
     dtype = fastest_dtype(device)
     peers_dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
     ours = _Ours(config, run, device, dtype)
+    numbers = {
+        "guidance": max(run.sampling.guidance, _LEAST_GUIDANCE) if has_text else 1.0,
+        "temperature": run.sampling.temperature,
+        "top_k": run.sampling.top_k,
+    }
+    peaks = [_peak_of_drawing(ours, batch, tokens, words, numbers) for batch in batches]
     systems: dict[str, Any] = {OURS: ours}
     if int8:
         systems[INT8] = _Ours(config, run, device, torch.int8)
     if peers and has_text:
         for name, kind in ((LLAMAGEN, LlamaGenSampler), (GPT2, Gpt2Sampler)):
             systems[name] = kind(config, ours.parameters_count, device, peers_dtype)
-    numbers = {
-        "guidance": max(run.sampling.guidance, _LEAST_GUIDANCE) if has_text else 1.0,
-        "temperature": run.sampling.temperature,
-        "top_k": run.sampling.top_k,
-    }
     results = [
-        _measure(systems, config, batch, rounds, tokens, words, numbers) for batch in batches
+        {**_measure(systems, batch, rounds, tokens, words, numbers), "peak_bytes": peak}
+        for batch, peak in zip(batches, peaks)
     ]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -108,7 +113,6 @@ def bench_sample(
         "parameters": {name: system.parameters_count for name, system in systems.items()},
         "left_out": [LLAMAGEN, GPT2] if peers and not has_text else [],
         "batches": results,
-        "peak_bytes": peak_bytes(device),
     }
 
 
@@ -166,9 +170,29 @@ class _Ours:
         return stamps[1:] if given.shape[1] else stamps  # the given ones are told of first
 
 
+def _inputs(ours: _Ours, batch: int, tokens: int, words: int) -> tuple[Optional[Tensor], Tensor]:
+    """Random text, and all but the last `tokens` tokens of each picture."""
+    config, device = ours.model.config, next(ours.model.parameters()).device
+    text = None
+    if config.text_width is not None:
+        text = torch.randn(batch, words, config.text_width, device=device)
+    given_shape = (batch, config.num_tokens - tokens)
+    return text, torch.randint(config.codebook_size, given_shape, device=device)
+
+
+def _peak_of_drawing(
+    ours: _Ours, batch: int, tokens: int, words: int, numbers: dict[str, Any]
+) -> Optional[int]:
+    text, given = _inputs(ours, batch, tokens, words)
+    gc.collect()
+    if not forget_peak(given.device):
+        return None
+    ours.draw(text, given, **numbers)
+    return peak_bytes(given.device)
+
+
 def _measure(
     systems: dict[str, Any],
-    config: LatentGPTConfig,
     batch: int,
     rounds: int,
     tokens: int,
@@ -176,14 +200,9 @@ def _measure(
     numbers: dict[str, Any],
 ) -> dict[str, Any]:
     """All systems at one batch size, in turn, round after round; one more round warms them up."""
-    ours: _Ours = systems[OURS]
-    device = next(ours.model.parameters()).device
-    text = None
-    if config.text_width is not None:
-        text = torch.randn(batch, words, config.text_width, device=device)
-    given_shape = (batch, config.num_tokens - tokens)
-    given = torch.randint(config.codebook_size, given_shape, device=device)
-    memory = torch.ones(_READ_BYTES // 4, device=device)
+    config = systems[OURS].model.config
+    text, given = _inputs(systems[OURS], batch, tokens, words)
+    memory = torch.ones(_READ_BYTES // 4, device=given.device)
     rates: dict[str, list[float]] = {name: [] for name in systems}
     read_rates: list[float] = []
     title, total = f"bench sample, batch {batch}", (rounds + 1) * len(systems)
@@ -245,16 +264,18 @@ def sample_table(result: dict[str, Any]) -> Table:
     if len(result["parameters"]) > 1 and result["peers_dtype"] != dtypes:
         dtypes += f" (the others {result['peers_dtype']}, their faster one here)"
     table = Table(
-        title=f"Drawing {drawn}, {dtypes}, on {result['device']}, "
-        f"peak {result['peak_bytes'] / 2**30:.1f} GiB"
+        title=f"Drawing {drawn}, {dtypes}, on {result['device']}",
+        caption="peak: of ours alone, weights included",
     )
     for name in ("batch", "sampler"):
         table.add_column(name)
-    for name in ("parameters", "tokens/s", "images/s", "ours is", "of the memory bound"):
+    columns = ("parameters", "tokens/s", "images/s", "ours is", "of the memory bound", "peak GiB")
+    for name in columns:
         table.add_column(name, justify="right")
     for measured in result["batches"]:
         for name, rate in measured["tokens_per_second"].items():
             is_ours = name == OURS
+            peak = measured["peak_bytes"] if is_ours else None
             bounded = {OURS: measured, INT8: measured.get("int8")}.get(name)
             table.add_row(
                 str(measured["batch"]),
@@ -267,7 +288,8 @@ def sample_table(result: dict[str, Any]) -> Table:
                 if bounded is None
                 else f"{bounded['bandwidth_share']:.0%} of {bounded['bound_tokens_per_second']:.0f}"
                 " tokens/s",
+                "" if peak is None else f"{peak / 2**30:.2f}",
             )
     if result["left_out"]:
-        table.caption = f"without {' and '.join(result['left_out'])}: they draw from a text only"
+        table.caption += f"; without {' and '.join(result['left_out'])}: they draw from a text only"
     return table

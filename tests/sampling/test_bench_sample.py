@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from typer.testing import CliRunner
 
 from lgpt.cli import app
 from lgpt.core.errors import SettingsError
+from lgpt.engine.memory import forget_peak, peak_bytes
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
+from lgpt.sampling import bench_sample
 from lgpt.sampling.bench_peers import (
     Gpt2Sampler,
     LlamaGenSampler,
@@ -19,7 +22,6 @@ from lgpt.sampling.bench_peers import (
     gpt2_parameters,
     llamagen_parameters,
 )
-from lgpt.sampling.bench_sample import sample_table
 
 TINY = [
     "demo/phase3_shapes",
@@ -91,7 +93,7 @@ def test_an_unconditional_model_draws_alone_one_row_a_picture() -> None:
     assert (result["guidance"], result["text_tokens"]) == (1.0, 0)
     assert list(result["parameters"]) == ["lgpt"]
     assert result["left_out"] == ["LlamaGen's sampler", "transformers' GPT2"]
-    assert "without LlamaGen's sampler and" in str(sample_table(result).caption)
+    assert "without LlamaGen's sampler and" in str(bench_sample.sample_table(result).caption)
     matrices = 2 * (4 * 64**2 + 2 * 64**2 + 3 * 64 * 128) + 64 * 64
     bytes_a_number = {"float32": 4, "bfloat16": 2}[result["dtype"]]
     caches = 3 * 2 * 2 * 64 * ((16 - 8) + 1) * bytes_a_number  # half full on average, and null
@@ -118,6 +120,32 @@ def test_without_text_the_decoder_gets_as_many_rows_as_pictures(
     rows.clear()
     bench("conditioning=unconditional", "--batch", 3, "--rounds", 1)
     assert set(rows) == {3}
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux's /proc")
+def test_the_peak_is_of_ours_alone_and_not_of_what_was_or_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Large(LlamaGenSampler):
+        def __init__(self, *words: Any) -> None:
+            super().__init__(*words)
+            self.kept = torch.ones(100 * 2**20)  # 400 MiB
+
+    assert forget_peak(torch.device("cpu"))
+    in_use = peak_bytes(torch.device("cpu"))
+    torch.ones(100 * 2**20)
+    monkeypatch.setattr(bench_sample, "LlamaGenSampler", Large)
+    result = bench("--batch", 1, "--batch", 256, "--rounds", 1)
+    few, many = (measured["peak_bytes"] for measured in result["batches"])
+    keys_and_values = 2 * 256 * 16 * 2 * 2 * 64 * 2  # of 256 pictures in bf16
+    assert few + keys_and_values < many < in_use + 350 * 2**20
+
+
+def test_where_a_peak_cannot_be_had_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_sample, "forget_peak", lambda device: False)
+    result = bench("--batch", 1, "--rounds", 1, "--no-peers")
+    assert result["batches"][0]["peak_bytes"] is None
+    assert list(bench_sample.sample_table(result).columns[-1].cells) == [""]
 
 
 def test_what_cannot_be_measured_is_named() -> None:
