@@ -28,6 +28,14 @@ class LatentBatch:
     latents: CachedBatch
     null_text: Bool[Tensor, " n"]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> LatentBatch:
+        """On the device that trains, the text in the weights' type."""
+        tokens = self.latents.tokens.to(device, non_blocking=True)
+        text, mask = self.latents.text, self.latents.text_mask
+        text = None if text is None else text.to(device, dtype, non_blocking=True)
+        mask = None if mask is None else mask.to(device)
+        return LatentBatch(CachedBatch(tokens, text, mask), self.null_text.to(device))
+
 
 @runtime_checkable
 class LatentSource(Protocol):

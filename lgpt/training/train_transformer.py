@@ -164,15 +164,9 @@ class TransformerTask:
         return self._metrics(float(torch.stack(losses).float().mean()))
 
     def _loss(self, batch: LatentBatch) -> torch.Tensor:
-        dtype = parameter_dtype(self.engine)
-        latents = batch.latents
-        tokens = latents.tokens.to(self.device, non_blocking=True)
-        text = latents.text
-        text = None if text is None else text.to(self.device, dtype, non_blocking=True)
-        mask = None if latents.text_mask is None else latents.text_mask.to(self.device)
-        return self.engine(
-            tokens, text, mask, targets=tokens, null_text=batch.null_text.to(self.device)
-        )
+        batch = batch.to(self.device, parameter_dtype(self.engine))
+        tokens, text, mask = batch.latents.tokens, batch.latents.text, batch.latents.text_mask
+        return self.engine(tokens, text, mask, targets=tokens, null_text=batch.null_text)
 
     def _metrics(self, ce_loss: float) -> dict[str, float]:
         return {
