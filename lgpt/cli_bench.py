@@ -63,6 +63,7 @@ def bench_train_command(
 ) -> None:
     """Measure a run's training step: rates, parts, memory, use of the device; needs no data.
 
+    Latents come from the run's `latent_cache` where it is there, else from a random one.
     `batch.micro_batch_images=` says how many pictures. Each measurement is a process of its own.
     """
     run = load_transformer_run(config, overrides)

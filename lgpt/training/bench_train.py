@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+from pathlib import Path
 from typing import Any, Optional
 
 from rich.table import Table
@@ -22,10 +23,11 @@ from lgpt.core.logging import get_logger
 from lgpt.data.progress import progress
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.latent_gpt import LatentGPTConfig
-from lgpt.planning.parameters import latent_gpt_parameters, transformer_surroundings
+from lgpt.planning.parameters import run_parameters, transformer_surroundings
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import TransformerRun
 from lgpt.settings.training import BatchSettings
+from lgpt.training.bench_latents import training_cache
 from lgpt.training.bench_peers import PEERS
 from lgpt.training.bench_ranks import run_ranks
 from lgpt.training.bench_train_process import PARTS, product_shapes
@@ -45,13 +47,16 @@ def bench_train(
     memory_gib: Optional[float],
     ranks: int = 1,
 ) -> dict[str, Any]:
-    """Measure training steps of a run's transformer on random tokens and text.
+    """Measure training steps of a run's transformer.
+
+    Ours reads the run's latent cache, where it is there and fits, or else a temporary one of random
+    tokens and text, as `lgpt train` does. The peers get random tensors.
 
     Args:
         run: Transformer, blocks, precision, DeepSpeed config and `batch.micro_batch_images`.
         steps: Measured steps a round, after two that are not counted.
         rounds: Medians over all steps of all rounds are given; ratios are medians over rounds.
-        words: Text tokens a picture.
+        words: Text tokens a picture, where the run's cache does not tell.
         with_peers: Also LlamaGen's text-to-image step and transformers' GPT2 with cross-attention.
         find_micro_batch: Double the micro batch as long as it fits, and measure the largest.
         memory_gib: Of the device, for `find_micro_batch`; default: what is free on a CPU.
@@ -59,7 +64,9 @@ def bench_train(
             The peers always run as one.
 
     Returns:
-        JSON values. `model_flops_utilisation` is the FLOPs of the model's products and attention a
+        JSON values. `data_share` is the part of our step that waits for its batch: reading, moving
+        to the device, casting. `words_read` are text tokens of our batches (the longest caption's,
+        median). `model_flops_utilisation` is the FLOPs of the model's products and attention a
         second and rank (causal attention counted by half) over this device's rate of the same
         products alone. `communication_seconds` of ours is what all collectives of a step take one
         after the other, measured in a step of its own: what overlaps with computing costs less. It
@@ -70,33 +77,31 @@ def bench_train(
         SettingsError: The model's shape cannot be known, a measurement failed, or the peers would
             multiply in bf16 on a CPU that has no such products.
     """
-    codes, side, text_width = transformer_surroundings(run)
-    config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
+    config = _config_of(run)
     if with_peers and run.training.precision == "bf16":
         _refuse_slow_bf16()
-    tried: list[dict[str, Any]] = []
-    micro_batch = run.batch.micro_batch_images
-    if find_micro_batch:
-        micro_batch, tried = _largest_micro_batch(run, config, words, memory_gib, ranks)
-    parameters = latent_gpt_parameters(run.transformer, codes, side * side, text_width)
+    micro_batch, tried = run.batch.micro_batch_images, []
     names = ("lgpt", *(PEERS if with_peers else ()))
-    task = _task(run, config, micro_batch, words, steps, ranks)
-    seen, products = _measured_in_turns({**task, "parameters": parameters}, names, rounds)
-    flops = model_flops(config, micro_batch, words)
-    rate = _product_flops(config, micro_batch) / statistics.median(p["seconds"] for p in products)
+    with training_cache(run, config, words) as source:
+        base = _base_task(run, config, words, ranks, source.folder)
+        if find_micro_batch:
+            micro_batch, tried = _largest_micro_batch(run, base, memory_gib)
+        task = {**_task(run, base, micro_batch, steps), "parameters": run_parameters(run)}
+        seen, products = _measured_in_turns(task, names, rounds)
+    reading = _reading(seen["lgpt"])
     contestants = {
         name: _summary(runs, micro_batch * (ranks if name == "lgpt" else 1), config)
         for name, runs in seen.items()
     }
-    ours = contestants["lgpt"]
+    flops = model_flops(config, micro_batch, reading["words_read"])
+    rate = flops / contestants["lgpt"]["step_seconds"]
     return {
         "name": run.name,
-        "parameters": parameters,
-        "layers": config.layers,
-        "hidden": config.hidden,
-        "codes": codes,
-        "tokens_per_image": config.num_tokens,
+        "parameters": task["parameters"],
+        **_shape(config),
         "words": words,
+        "data_source": source.remark,
+        **reading,
         "micro_batch": micro_batch,
         "micro_batches_tried": tried,
         "precision": run.training.precision,
@@ -106,13 +111,16 @@ def bench_train(
         "rounds": rounds,
         "steps": steps,
         "model_flops": flops,
-        "product_flops_per_second": rate,
-        "product_dtype": products[0]["dtype"],
-        "model_flops_utilisation": flops / ours["step_seconds"] / rate,
+        **_utilisation(rate, _product_flops(config, micro_batch), products),
         "contestants": contestants,
         "ratios": {name: _ratios(seen, contestants, name, ranks) for name in seen if name in PEERS},
         "did_not_fit": [name for name in names if name not in seen],
     }
+
+
+def _config_of(run: TransformerRun) -> LatentGPTConfig:
+    codes, side, text_width = transformer_surroundings(run)
+    return LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
 
 
 def _refuse_slow_bf16() -> None:
@@ -165,30 +173,33 @@ def _measured_in_turns(
     return seen, products
 
 
-def _task(
-    run: TransformerRun,
-    config: LatentGPTConfig,
-    micro_batch: int,
-    words: int,
-    steps: int,
-    ranks: int,
+def _base_task(
+    run: TransformerRun, config: LatentGPTConfig, words: int, ranks: int, cache: Path
 ) -> dict[str, Any]:
-    one_step = BatchSettings(
-        global_batch_images=micro_batch * ranks, micro_batch_images=micro_batch
-    )
-    batched = run.model_copy(update={"batch": one_step})
+    """What all measurements have in common."""
     return {
         "what": "lgpt",
         "model": dataclasses.asdict(config),
         "blocks": run.blocks.model_dump(),
         "optimizer": run.optimizer.model_dump(),
-        "deepspeed": resolve_deepspeed_config(batched, ranks),
         "ranks": ranks,
         "precision": run.training.precision,
-        "micro_batch": micro_batch,
         "words": words,
-        "steps": steps,
+        "cache": str(cache),
+        "seed": run.seed,
+        "cond_drop": run.transformer.cond_drop,
     }
+
+
+def _task(
+    run: TransformerRun, base: dict[str, Any], micro_batch: int, steps: int
+) -> dict[str, Any]:
+    ranks = base["ranks"]
+    one_step = BatchSettings(
+        global_batch_images=micro_batch * ranks, micro_batch_images=micro_batch
+    )
+    deepspeed = resolve_deepspeed_config(run.model_copy(update={"batch": one_step}), ranks)
+    return {**base, "deepspeed": deepspeed, "micro_batch": micro_batch, "steps": steps}
 
 
 def _measured(task: dict[str, Any]) -> dict[str, Any]:
@@ -211,20 +222,16 @@ def _measured(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _largest_micro_batch(
-    run: TransformerRun,
-    config: LatentGPTConfig,
-    words: int,
-    memory_gib: Optional[float],
-    ranks: int = 1,
+    run: TransformerRun, base: dict[str, Any], memory_gib: Optional[float]
 ) -> tuple[int, list[dict[str, Any]]]:
     """1, 2, 4, ...: on a CPU stopped before the next would take more than there is."""
     limit = memory_gib * _GIB if memory_gib is not None else _free_bytes()
     tried: list[dict[str, Any]] = []
     size = 1
-    processes = 1 if limit is None else ranks  # GPUs have a memory each
+    processes = 1 if limit is None else base["ranks"]  # GPUs have a memory each
     while limit is None or processes * _expected_bytes(tried, size) < limit:
         try:
-            peak = _measured(_task(run, config, size, words, 1, ranks))["peak_bytes"]
+            peak = _measured(_task(run, base, size, 1))["peak_bytes"]
         except OutOfMemoryError:
             break
         tried.append({"micro_batch": size, "peak_bytes": peak})
@@ -279,6 +286,36 @@ def _step_seconds(measured: dict[str, Any]) -> float:
     return statistics.median(sum(parts.values()) for parts in measured["parts"])
 
 
+def _utilisation(
+    model_rate: float, product_flops: float, products: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the model reaches a second, of what the products alone reach."""
+    rate = product_flops / statistics.median(each["seconds"] for each in products)
+    return {
+        "product_flops_per_second": rate,
+        "product_dtype": products[0]["dtype"],
+        "model_flops_utilisation": model_rate / rate,
+    }
+
+
+def _shape(config: LatentGPTConfig) -> dict[str, int]:
+    return {
+        "layers": config.layers,
+        "hidden": config.hidden,
+        "codes": config.codebook_size,
+        "tokens_per_image": config.num_tokens,
+    }
+
+
+def _reading(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """How long our batches' texts are, and the part of our steps that waits for batches."""
+    steps = [parts for measured in runs for parts in measured["parts"]]
+    return {
+        "words_read": round(statistics.median(w for each in runs for w in each["words"])),
+        "data_share": statistics.median(parts["data"] / sum(parts.values()) for parts in steps),
+    }
+
+
 def _summary(runs: list[dict[str, Any]], images: int, config: LatentGPTConfig) -> dict[str, Any]:
     steps = [parts for measured in runs for parts in measured["parts"]]
     seconds = statistics.median(sum(parts.values()) for parts in steps)
@@ -321,7 +358,8 @@ def train_table(result: dict[str, Any]) -> Table:
     table.caption = (
         f"model-FLOPs utilisation {result['model_flops_utilisation']:.1%} of "
         f"{result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s of its "
-        f"{result['product_dtype']} matrix products alone; "
+        f"{result['product_dtype']} matrix products alone; data {result['data_share']:.2%} of our "
+        f"step, from {result['data_source']}; "
         + (
             "one process, so nothing is sent"
             if result["ranks"] == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any, Callable
 
 import torch
@@ -22,6 +23,7 @@ from lgpt.engine.start import afford_bf16, device_of_this_rank, multiplies_bf16,
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.settings.blocks import BlockSettings
 from lgpt.settings.training import OptimizerSettings
+from lgpt.training.bench_latents import CachedBatches
 from lgpt.training.bench_peers import PeerStep
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -73,31 +75,42 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         seconds = _seconds_of_products(config, task["micro_batch"], device, dtype)
         return {"seconds": seconds, "dtype": str(dtype).split(".")[1]}
     step: Any
+    words: list[int] = []
     if task["what"] == "lgpt":
         step = OurStep(task, config)
+        batches = CachedBatches(task, device, parameter_dtype(step.engine))
+        read, words = batches.next, batches.words
     else:
         step = PeerStep(task["what"], config, task["parameters"], device, task["precision"])
+        read = partial(_random_batch, step, task, config)
     count = _FIRST_STEPS + task["steps"]
-    steps = [_one_step(step, task, config, device) for _ in range(count)]
+    steps = [_one_step(step, read, device) for _ in range(count)]
     result = {
         "parts": steps[_FIRST_STEPS:],
         "peak_bytes": peak_bytes(device),
         "threads": torch.get_num_threads(),
+        "words": words[_FIRST_STEPS:],
     }
     if task["what"] == "lgpt" and task["ranks"] > 1:
         with collectives_timed() as seconds:
-            _one_step(step, task, config, device)
+            _one_step(step, read, device)
         result["communication_seconds"] = seconds()
     return result
 
 
+def _random_batch(
+    step: PeerStep, task: dict[str, Any], config: LatentGPTConfig
+) -> tuple[Tensor, Any]:
+    shape = (task["micro_batch"], config.num_tokens)
+    tokens = torch.randint(config.codebook_size, shape, device=step.device)
+    return tokens, step.text(shape[0], task["words"], config.text_width)
+
+
 def _one_step(
-    step: Any, task: dict[str, Any], config: LatentGPTConfig, device: torch.device
+    step: Any, read: Callable[[], tuple[Tensor, Any]], device: torch.device
 ) -> dict[str, float]:
-    batch = task["micro_batch"]
     times = [seconds_when_done(device)]
-    tokens = torch.randint(config.codebook_size, (batch, config.num_tokens), device=device)
-    text = step.text(batch, task["words"], config.text_width)
+    tokens, text = read()
     times.append(seconds_when_done(device))
     loss = step.forward(tokens, text)
     times.append(seconds_when_done(device))

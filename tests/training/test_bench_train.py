@@ -99,7 +99,8 @@ def test_micro_batch_doubles_until_the_next_would_take_too_much(
         return {"peak_bytes": gib + task["micro_batch"] * gib // 4}
 
     monkeypatch.setattr(bench, "_measured", measured)
-    largest, tried = bench._largest_micro_batch(run, SMALL, 5, memory_gib=4.0)
+    base = bench._base_task(run, SMALL, 5, 1, tmp_path)
+    largest, tried = bench._largest_micro_batch(run, base, memory_gib=4.0)
     assert largest == 8  # 3 GiB; 16 would take 5
     assert [one["micro_batch"] for one in tried] == [1, 2, 4, 8]
 
@@ -116,8 +117,10 @@ def test_a_peer_that_does_not_fit_costs_the_others_nothing(
         started.append(what)
         if what == "gpt2":
             return [-9], [""], [""]  # the kernel's way
+        assert Path(json.loads(command[-1])["cache"], "manifest.json").exists()
         parts = dict.fromkeys(bench.PARTS, 1.0 if what == "lgpt" else 3.0)
         told = {"parts": [parts], "peak_bytes": 2**30, "threads": 1, "seconds": 1, "dtype": "bf16"}
+        told["words"] = [5]
         return [0], [json.dumps(told)], [""]
 
     monkeypatch.setattr(bench, "run_ranks", run_ranks)
@@ -126,6 +129,7 @@ def test_a_peer_that_does_not_fit_costs_the_others_nothing(
     assert started.count("gpt2") == 1
     assert started.count("llamagen") == started.count("lgpt") == 3
     assert result["did_not_fit"] == ["gpt2"]
+    assert result["data_share"] == 0.25
     assert result["ratios"] == {"llamagen": {"images_per_second": 3.0, "peak_bytes": 1.0}}
     assert "gpt2 with 2 pictures did not fit" in caplog.text
     with (console := Console(width=200)).capture() as capture:
@@ -169,6 +173,9 @@ def test_a_real_run_beside_its_peers(tmp_path: Path) -> None:
         assert one["peak_bytes"] > 2**26
     assert 0 < result["model_flops_utilisation"] < 1
     assert result["product_dtype"] == "float32"
+    assert result["data_source"] == "a temporary cache of random latents"
+    assert result["words_read"] == 5
+    assert 0 < result["data_share"] < 0.5
     assert set(result["ratios"]) == set(PEERS)
     assert bench.train_table(result).row_count == 3
 
