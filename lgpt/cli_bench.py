@@ -51,10 +51,10 @@ def bench_train_command(
         False, "--peers", help="also LlamaGen's step and transformers' GPT2 with cross-attention"
     ),
     find_micro_batch: bool = typer.Option(
-        False, "--find-micro-batch", help="double the micro batch as long as it fits"
+        False, "--find-micro-batch", help="first look for the largest micro batch that fits"
     ),
     memory_gib: Optional[float] = typer.Option(
-        None, min=0.1, help="for --find-micro-batch; default on a CPU: 0.9 of what is free"
+        None, min=0.1, help="for --find-micro-batch; default on a CPU: 0.9 of what is available"
     ),
     ranks: int = typer.Option(
         1, min=1, help="processes (GPUs) of this machine; then communication is measured too"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.data.progress import progress
+from lgpt.engine.available_memory import available_bytes
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.latent_gpt import LatentGPTConfig
 from lgpt.planning.parameters import run_parameters, transformer_surroundings
@@ -28,6 +28,7 @@ from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import TransformerRun
 from lgpt.settings.training import BatchSettings
 from lgpt.training.bench_latents import training_cache
+from lgpt.training.bench_micro_batch import largest_micro_batch
 from lgpt.training.bench_peers import PEERS
 from lgpt.training.bench_ranks import run_ranks
 from lgpt.training.bench_train_process import PARTS, product_shapes
@@ -58,8 +59,8 @@ def bench_train(
         rounds: Medians over all steps of all rounds are given; ratios are medians over rounds.
         words: Text tokens a picture, where the run's cache does not tell.
         with_peers: Also LlamaGen's text-to-image step and transformers' GPT2 with cross-attention.
-        find_micro_batch: Double the micro batch as long as it fits, and measure the largest.
-        memory_gib: Of the device, for `find_micro_batch`; default: what is free on a CPU.
+        find_micro_batch: Find the largest micro batch that fits, and measure it.
+        memory_gib: For `find_micro_batch`; default on a CPU: 0.9 of what is available.
         ranks: Processes of ours on this machine, each with a micro batch: 8 on a node of 8 GPUs.
             The peers always run as one.
 
@@ -224,44 +225,26 @@ def _measured(task: dict[str, Any]) -> dict[str, Any]:
 def _largest_micro_batch(
     run: TransformerRun, base: dict[str, Any], memory_gib: Optional[float]
 ) -> tuple[int, list[dict[str, Any]]]:
-    """1, 2, 4, ...: on a CPU stopped before the next would take more than there is."""
     limit = memory_gib * _GIB if memory_gib is not None else _free_bytes()
-    tried: list[dict[str, Any]] = []
-    size = 1
-    processes = 1 if limit is None else base["ranks"]  # GPUs have a memory each
-    while limit is None or processes * _expected_bytes(tried, size) < limit:
-        try:
-            peak = _measured(_task(run, base, size, 1))["peak_bytes"]
-        except OutOfMemoryError:
-            break
-        tried.append({"micro_batch": size, "peak_bytes": peak})
-        _log.info("micro batch %d: %.2f GiB", size, peak / _GIB)
-        size *= 2
-    if not tried:
-        raise OutOfMemoryError("Not even one picture fits; take a smaller model or more memory.")
-    return tried[-1]["micro_batch"], tried
+    if limit is not None and device_of_this_rank().type != "cuda":  # GPUs have a memory each
+        limit /= base["ranks"]
 
+    def peak_of(size: int) -> int:
+        return int(_measured(_task(run, base, size, 1))["peak_bytes"])
 
-def _expected_bytes(tried: list[dict[str, Any]], size: int) -> float:
-    """On the line through the last two sizes; twice the last where there is only one."""
-    if len(tried) < 2:
-        return 2.0 * tried[-1]["peak_bytes"] if tried else 0.0
-    (small, less), (large, more) = ((t["micro_batch"], t["peak_bytes"]) for t in tried[-2:])
-    return float(more + (more - less) / (large - small) * (size - large))
+    # Weights, gradients, masters and moments: 16 bytes a parameter in bf16 or float32, if ZeRO
+    # shares all of them.
+    return largest_micro_batch(peak_of, limit, 16.0 * run_parameters(run) / base["ranks"])
 
 
 def _free_bytes() -> Optional[float]:
     """Nine tenths of what a CPU has free; None on a GPU, whose allocator says when it is full."""
-    import torch
-
-    if torch.cuda.is_available():
+    if device_of_this_rank().type == "cuda":
         return None
-    try:
-        return 0.9 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError) as error:
-        raise SettingsError(
-            f"this system does not say how much memory is free ({error}); give --memory-gib."
-        ) from None
+    available = available_bytes()
+    if available is None:
+        raise SettingsError("this system does not say how much memory is free; give --memory-gib.")
+    return 0.9 * available
 
 
 def _product_flops(config: LatentGPTConfig, micro_batch: int) -> float:

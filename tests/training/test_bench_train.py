@@ -88,21 +88,35 @@ def test_peer_that_cannot_be_as_small_says_so() -> None:
         build_peer("llamagen", SMALL, 9_000)
 
 
-def test_micro_batch_doubles_until_the_next_would_take_too_much(
+def test_the_micro_batch_that_fits_is_looked_for_with_the_runs_own_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
     run = load_run_settings(path, environ={})
-    gib = 2**30
+    batches: list[tuple[int, int]] = []
 
     def measured(task: dict[str, Any]) -> dict[str, Any]:
-        return {"peak_bytes": gib + task["micro_batch"] * gib // 4}
+        size, gib = task["micro_batch"], 2**30
+        batches.append((size, task["deepspeed"]["train_batch_size"]))
+        return {"peak_bytes": gib + size * gib // 4}
 
     monkeypatch.setattr(bench, "_measured", measured)
-    base = bench._base_task(run, SMALL, 5, 1, tmp_path)
-    largest, tried = bench._largest_micro_batch(run, base, memory_gib=4.0)
-    assert largest == 8  # 3 GiB; 16 would take 5
-    assert [one["micro_batch"] for one in tried] == [1, 2, 4, 8]
+    monkeypatch.setattr(bench, "device_of_this_rank", lambda: torch.device("cpu"))
+    base = bench._base_task(run, SMALL, 5, 2, tmp_path)
+    largest, _ = bench._largest_micro_batch(run, base, memory_gib=9.0)  # 4.5 a rank
+    assert largest == 13  # 4.25 GiB
+    assert batches == [(1, 2), (2, 4), (4, 8), (8, 16), (12, 24), (13, 26)]
+    monkeypatch.setattr(bench, "device_of_this_rank", lambda: torch.device("cuda"))
+    assert bench._largest_micro_batch(run, base, memory_gib=4.5)[0] == 13  # each GPU has as much
+
+
+def test_what_is_free_is_nine_tenths_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "device_of_this_rank", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench, "available_bytes", lambda: 1000)
+    assert bench._free_bytes() == 900
+    monkeypatch.setattr(bench, "available_bytes", lambda: None)
+    with pytest.raises(SettingsError, match="give --memory-gib"):
+        bench._free_bytes()
 
 
 def test_a_peer_that_does_not_fit_costs_the_others_nothing(
