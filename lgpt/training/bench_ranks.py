@@ -17,6 +17,9 @@ _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def run_ranks(command: Sequence[str], ranks: int) -> tuple[list[int], list[str], list[str]]:
     """Run the command as `ranks` ranks to the end, or until one fails: the others end with it.
 
+    They share this process's cores, as in `launch/`: PyTorch would give all of them to each.
+    DeepSpeed's launcher does so too, unless told to bind ranks. OMP_NUM_THREADS decides otherwise.
+
     Args:
         ranks: With one, the program is started as by hand.
 
@@ -24,6 +27,8 @@ def run_ranks(command: Sequence[str], ranks: int) -> tuple[list[int], list[str],
         Exit codes (negative: the signal that ended it), stdout and stderr, one a rank.
     """
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
+    if ranks > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     with ExitStack() as stack:
         files = [
             tuple(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
@@ -54,6 +59,12 @@ def run_ranks(command: Sequence[str], ranks: int) -> tuple[list[int], list[str],
         codes = [0 if code is None else code for code in ended]
         texts = [[_all_of(file) for file in pair] for pair in files]
     return codes, [out for out, _ in texts], [error for _, error in texts]
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: a batch job may have a few of the machine's
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -68,10 +68,10 @@ def bench_train(
         JSON values. `data_share` is the part of our step that waits for its batch: reading, moving
         to the device, casting. `words_read` are text tokens of our batches (the longest caption's,
         median). `model_flops_utilisation` is the FLOPs of the model's products and attention a
-        second and rank (causal attention counted by half) over this device's rate of the same
-        products alone. `communication_seconds` of ours is what all collectives of a step take one
-        after the other, measured in a step of its own: what overlaps with computing costs less. It
-        is 0 with one rank. `did_not_fit` are peers for which memory was too small.
+        second and rank (causal attention counted by half) over the rate of the same products alone,
+        on as many ranks at once. `communication_seconds` of ours is what all collectives of a step
+        take one after the other, measured in a step of its own: what overlaps with computing costs
+        less. It is 0 with one rank. `did_not_fit` are peers for which memory was too small.
 
     Raises:
         OutOfMemoryError: Not even the smallest batch of ours ran.
@@ -204,13 +204,18 @@ def _task(
 
 
 def _measured(task: dict[str, Any]) -> dict[str, Any]:
-    """One contestant in processes of its own; of ours, times of rank 0 and the largest peak."""
-    ranks = task["ranks"] if task["what"] == "lgpt" else 1
+    """One contestant in processes of its own; of ours, times of rank 0 and the largest peak.
+
+    The products run on as many ranks at once as ours: they share cores and memory's bandwidth too.
+    """
+    ranks = 1 if task["what"] in PEERS else task["ranks"]
     codes, outs, errors = run_ranks(
         [sys.executable, "-m", "lgpt.training.bench_train_process", json.dumps(task)], ranks
     )
     if not any(codes):
         results = [json.loads(out.splitlines()[-1]) for out in outs]
+        if task["what"] == "products":
+            return {**results[0], "seconds": statistics.mean(each["seconds"] for each in results)}
         peak = max(each.get("peak_bytes", 0) for each in results)
         return {**results[0], "peak_bytes": peak} if peak else dict(results[0])
     words = f"{task['what']} with {task['micro_batch']} pictures"

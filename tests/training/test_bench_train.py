@@ -151,6 +151,35 @@ def test_a_peer_that_does_not_fit_costs_the_others_nothing(
     assert re.search(r"gpt2 .*did not fit", capture.get())
 
 
+def test_products_run_on_as_many_ranks_at_once_as_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
+    run = load_run_settings(path, environ={})
+    seen: set[tuple[str, int]] = set()
+
+    def run_ranks(command: list[str], ranks: int) -> tuple[list[int], list[str], list[str]]:
+        what = json.loads(command[-1])["what"]
+        seen.add((what, ranks))
+        told = {"parts": [dict.fromkeys(bench.PARTS, 1.0)], "peak_bytes": 1, "threads": 1}
+        told |= {"words": [5], "dtype": "bf16"}
+        outs = [json.dumps({**told, "seconds": 1.0 + 2.0 * rank}) for rank in range(ranks)]
+        return [0] * ranks, outs, [""] * ranks
+
+    monkeypatch.setattr(bench, "run_ranks", run_ranks)
+    arguments: dict[str, Any] = {"steps": 1, "rounds": 1, "words": 5, "memory_gib": None}
+    arguments.update(with_peers=True, find_micro_batch=False)
+    result = bench.bench_train(run, ranks=2, **arguments)
+    assert seen == {("lgpt", 2), ("products", 2), ("llamagen", 1), ("gpt2", 1)}
+    config = bench._config_of(run)
+    # The mean of 1 and 3 seconds; a step takes 4.
+    assert result["product_flops_per_second"] == bench._product_flops(config, 2) / 2
+    model_rate = bench.model_flops(config, 2, 5) / 4
+    assert result["model_flops_utilisation"] == pytest.approx(
+        model_rate / result["product_flops_per_second"]
+    )
+
+
 def test_ours_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "run.yaml", _config(tmp_path))
     run = load_run_settings(path, environ={})
