@@ -26,6 +26,7 @@ from lgpt.data.latent_cache import ImageEncoder, build_latent_cache, pictures_pe
 from lgpt.data.progress import progress
 from lgpt.data.transforms import ImageTransform, to_unit_range
 from lgpt.engine.clock import seconds_when_done
+from lgpt.engine.memory import forget_peak, peak_bytes
 from lgpt.engine.start import device_of_this_rank
 from lgpt.models.vqvae import VQVAE
 from lgpt.models.vqvae_config import VQVAEConfig
@@ -53,7 +54,9 @@ def bench_prepare(
         random_vqvae: Take random weights where the run's VQ-VAE is missing.
 
     Returns:
-        JSON values. `images_per_second` counts encoded crops; `ratio` is the median over rounds of
+        JSON values. `images_per_second` counts encoded crops, `prepare_tokens_per_second` what they
+        become; `peak_bytes` is the most that this process took while it prepared (on CUDA:
+        allocated), None where the system does not tell; `ratio` is the median over rounds of
         preparation's rate by the bare loop's. `encoder_share` is the part of preparation's own time
         in which the encoder ran: about the ratio, but steady on a busy machine; it does not see
         threads that read pictures taking cores from the encoder. `reading_seconds_per_image` is
@@ -76,18 +79,22 @@ def bench_prepare(
     encoded = len(dataset) * transform.crops
     batch = batch.to(device)
     vqvae.encode(batch)  # kernels are chosen, memory is taken
-    prepared_seconds, bare_seconds, shares = [], [], []
+    prepared_seconds, bare_seconds, shares, peaks = [], [], [], []
     with progress("bench prepare", 2 * rounds, unit="passes", is_shown=True) as advance:
         for number in range(rounds):
             for is_bare in (True, False) if number % 2 == 0 else (False, True):
                 if is_bare:
                     bare_seconds.append(_seconds_of_bare_loop(vqvae, batch, encoded, device))
                 else:
+                    counts_peak = forget_peak(device)
                     encode = _TimedEncoder(image_encoder(vqvae, device))
                     seconds = _seconds_of_preparation(vqvae, encode, dataset, transform, run.data)
                     prepared_seconds.append(seconds)
                     shares.append(encode.seconds / seconds)
+                    peaks += [peak_bytes(device)] if counts_peak else []
                 advance(1)
+    grid_side = transform.resolution // vqvae.downsample_factor
+    prepared = encoded / statistics.median(prepared_seconds)
     return {
         "device": _name_of(device),
         "threads": torch.get_num_threads(),
@@ -101,7 +108,9 @@ def bench_prepare(
         "images_per_call": len(batch),
         "rounds": rounds,
         "bare_images_per_second": encoded / statistics.median(bare_seconds),
-        "prepare_images_per_second": encoded / statistics.median(prepared_seconds),
+        "prepare_images_per_second": prepared,
+        "prepare_tokens_per_second": prepared * grid_side**2,
+        "peak_bytes": max(peaks, default=None),
         "ratio": statistics.median(b / p for b, p in zip(bare_seconds, prepared_seconds)),
         "ratios": [b / p for b, p in zip(bare_seconds, prepared_seconds)],
         "encoder_share": statistics.median(shares),
@@ -122,6 +131,13 @@ def prepare_table(result: dict[str, Any]) -> Table:
         f"{result['prepare_images_per_second']:.2f}",
         f"{result['pictures']} pictures of {result['dataset']} x {result['crops']} crop(s) at "
         f"{result['resolution']} pixels, {result['images_per_call']} a call",
+    )
+    peak = result["peak_bytes"]
+    table.add_row(
+        "",
+        "",
+        f"{result['prepare_tokens_per_second']:,.0f} tokens/s"
+        + ("" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"),
     )
     table.add_row(
         "ratio",

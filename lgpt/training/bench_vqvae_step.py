@@ -6,17 +6,16 @@ DeepSpeed engines. Beside it, on one batch that is there already:
 - bare: the same two networks in plain PyTorch. More than that is host work of ours or of ZeRO
   (gradients copied into buckets, their norms one by one in float64), which grows with the number
   of weights, not with the pictures.
-All three are measured in one process, in turn.
+All three are measured in one process, in turn; peak memory before that, while ours alone is there.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from lgpt.core.distributed import seed_everything
 from lgpt.data.progress import progress
 from lgpt.engine.build import parameter_groups, set_learning_rate
+from lgpt.engine.memory import forget_peak, peak_bytes
 from lgpt.engine.start import afford_bf16, start_process_group
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import Phase2
@@ -35,6 +35,7 @@ from lgpt.training.losses import reconstruction_loss
 from lgpt.training.train_vqvae import VqvaeTask
 
 _WARMUP_STEPS = 2
+_ALONE_STEPS = 2  # moments are made in the first
 _ORDERS = tuple(itertools.permutations(range(3)))
 Parts = dict[str, float]
 
@@ -52,43 +53,61 @@ def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
         JSON values: CPU seconds (of all threads) and wall seconds, medians over the rounds, of our
         step, of the engines alone and of every bare part. `ratio_cpu` and `ratio_wall` are ours
         over the sum of the bare parts, `ratio_engines_*` ours over the engines alone, medians over
-        the rounds.
+        the rounds. `images_per_second` and `tokens_per_second` (of the latent grid) are our step's,
+        and so is `peak_bytes`, the process's with weights, optimizer and pictures (on CUDA what is
+        allocated); None where the system does not tell.
     """
     device = start_process_group()
     if run.training.precision == "bf16":
         afford_bf16(device)
-    run = with_steps(run, _WARMUP_STEPS + rounds + 1)
+    steps = _ALONE_STEPS + _WARMUP_STEPS + rounds
+    run = with_steps(run, steps + 1)
     player = run.discriminator.model_copy(update={"start_step": 0, "warmup_steps": 0})
     run = run.model_copy(update={"discriminator": player})
     seed_everything(run.seed)
     task = VqvaeTask(run, device)
-    networks = [task.model, *([task.adversary.model] if task.adversary else [])]
-    bare_networks = [copy.deepcopy(network) for network in networks]
     task.build_engines(resolve_deepspeed_config(run, 1))
-    _read_pictures(task, _WARMUP_STEPS + rounds + 1)
-    bare = _Bare(task, *bare_networks)
+    _read_pictures(task, steps + 1)
+    peak = _peak_of_our_steps(task)
+    bare = _Bare(task, *_networks_of(VqvaeTask(run, device)))
     measured: list[tuple[Parts, Parts, Parts]] = []
     with progress("bench vqvae-step", rounds, unit="rounds", is_shown=True) as advance:
-        for step in range(_WARMUP_STEPS + rounds):
+        for step in range(_ALONE_STEPS, steps):
             contenders = (
                 lambda step=step: _our_step(task, step),
                 lambda step=step: _engine_step(task, bare.images, step),
                 bare.step,
             )
             done = {which: contenders[which]() for which in _ORDERS[step % len(_ORDERS)]}
-            if step >= _WARMUP_STEPS:
+            if step >= _ALONE_STEPS + _WARMUP_STEPS:
                 measured.append((done[0], done[1], done[2]))
                 advance(1)
+    images, figures = run.batch.global_batch_images, _figures(measured)
     return {
         "run": run.name,
         "resolution": run.data.resolution,
-        "images": run.batch.global_batch_images,
+        "images": images,
         "adversarial": run.loss.adversarial,
         "precision": run.training.precision,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
-        **_figures(measured),
+        "images_per_second": images / figures["step_wall_seconds"],
+        "tokens_per_second": images * task.tokens_per_image / figures["step_wall_seconds"],
+        "peak_bytes": peak,
+        **figures,
     }
+
+
+def _networks_of(task: VqvaeTask) -> list[nn.Module]:
+    return [task.model, *([task.adversary.model] if task.adversary else [])]
+
+
+def _peak_of_our_steps(task: VqvaeTask) -> Optional[int]:
+    if not forget_peak(task.device):
+        return None
+    for step in range(_ALONE_STEPS):
+        _our_step(task, step)
+    return peak_bytes(task.device)
 
 
 def _figures(measured: list[tuple[Parts, Parts, Parts]]) -> dict[str, Any]:
@@ -285,5 +304,11 @@ def step_table(result: dict[str, Any]) -> Table:
     for name, key in (("sum", "ratio"), ("engines", "ratio_engines")):
         ratios = result[f"{key}_cpu"], result[f"{key}_wall"]
         table.add_row(f"step over {name}", *(f"{ratio:.3f}x" for ratio in ratios))
-    table.caption = f"medians of {result['rounds']} rounds, {result['threads']} thread(s)"
+    peak = result["peak_bytes"]
+    table.caption = (
+        f"our step: {result['images_per_second']:.2f} images/s, "
+        f"{result['tokens_per_second']:.0f} tokens/s"
+        + ("" if peak is None else f", peak {peak / 2**30:.2f} GiB")
+        + f"; medians of {result['rounds']} rounds, {result['threads']} thread(s)"
+    )
     return table

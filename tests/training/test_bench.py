@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from lgpt.cli import app
 from lgpt.core.errors import CheckpointError, DataError, LgptError, SettingsError
+from lgpt.engine.memory import forget_peak, peak_bytes
 from lgpt.models.vqvae import VQVAE
 from lgpt.models.vqvae_config import VQVAEConfig
 from lgpt.settings.run import load_run_settings
 from lgpt.settings.vqvae import VqvaeSettings, VqvaeSourceSettings
+from lgpt.training import bench_prepare as bench_prepare_module
 from lgpt.training.bench_prepare import bench_prepare, expected_architecture
 from lgpt.training.encode_latents import prepare_latent_cache
 
@@ -48,8 +52,26 @@ def test_prepare_is_compared_with_the_bare_encoder(config: Path, tmp_path: Path)
     assert (result["pictures"], result["crops"], result["images_per_call"]) == (6, 1, 6)
     for name in ("bare_images_per_second", "prepare_images_per_second"):
         assert result[name] > 0
+    # 16 pixels, f=4
+    assert result["prepare_tokens_per_second"] == 16 * result["prepare_images_per_second"]
     assert result["vqvae"] == f"custom {tmp_path / 'vqvae'}"
     assert not (tmp_path / "latents").exists(), "the run's own cache is left alone"
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux's /proc")
+def test_the_peak_of_preparation_is_not_that_of_what_was_before(config: Path):
+    assert forget_peak(torch.device("cpu"))
+    in_use = peak_bytes(torch.device("cpu"))
+    torch.ones(200 * 2**20)  # 800 MiB
+    result = bench("prepare", config, "--images", 6, "--rounds", 1)
+    assert 0 < result["peak_bytes"] < in_use + 700 * 2**20
+
+
+def test_where_a_peak_cannot_be_had_none_is_told(config: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench_prepare_module, "forget_peak", lambda device: False)
+    result = bench("prepare", config, "--images", 6, "--rounds", 1)
+    assert result["peak_bytes"] is None
+    assert bench_prepare_module.prepare_table(result).row_count == 6
 
 
 def test_every_crop_is_an_image_of_its_own(tmp_path: Path, config: Path):

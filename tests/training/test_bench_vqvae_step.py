@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import tiny
 import torch
 
 from lgpt.settings.run import load_run_settings
-from lgpt.training.bench_vqvae_step import _Bare, _figures
+from lgpt.training import bench_vqvae_step
+from lgpt.training.bench_vqvae_step import _Bare, _figures, step_table
 from lgpt.training.train_vqvae import VqvaeTask
 
 SMALL = [
@@ -47,6 +49,26 @@ def test_a_step_and_all_its_parts_are_measured():
         assert result[f"ratio_{clock}"] > 0
         assert result[f"ratio_engines_{clock}"] > 0
     assert result["rounds"] == 2
+    rate = result["images"] / result["step_wall_seconds"]
+    assert result["images_per_second"] == pytest.approx(rate)
+    assert result["tokens_per_second"] == pytest.approx(rate * (16 // 8) ** 2)
+    assert "images/s" in str(step_table(result).caption)
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert result["peak_bytes"] > 2**26
+
+
+def test_the_peak_is_of_our_steps_alone(monkeypatch):
+    done = []
+    monkeypatch.setattr(bench_vqvae_step, "_our_step", lambda task, step: done.append(step))
+    monkeypatch.setattr(bench_vqvae_step, "forget_peak", lambda device: done.append("forget"))
+    task = object.__new__(VqvaeTask)
+    task.device = torch.device("cpu")
+    assert bench_vqvae_step._peak_of_our_steps(task) is None
+    monkeypatch.setattr(bench_vqvae_step, "forget_peak", lambda device: not done.append("forget"))
+    monkeypatch.setattr(bench_vqvae_step, "peak_bytes", lambda device: len(done))
+    done.clear()
+    assert bench_vqvae_step._peak_of_our_steps(task) == 3
+    assert done == ["forget", 0, 1]
 
 
 def test_the_ratio_is_the_median_of_the_rounds_own():
