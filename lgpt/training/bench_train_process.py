@@ -150,11 +150,12 @@ def _seconds_of_products(
             lambda g=slope, w=weight: g @ w,
             lambda g=slope, x=x: g.t() @ x,
         ):
-            total += count * _best_seconds(product, device)
+            total += count * best_seconds(product, device)
     return total
 
 
-def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
+def best_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The least that some work took in three trials, after one that is not counted."""
     work()
     best = float("inf")
     for _ in range(_PRODUCT_REPEATS):

@@ -29,6 +29,7 @@ from lgpt.engine.memory import forget_peak, peak_bytes
 from lgpt.engine.start import afford_bf16, start_process_group
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import Phase2
+from lgpt.training.bench_products import Products
 from lgpt.training.bench_recipe import with_steps
 from lgpt.training.gan_losses import hinge_discriminator_loss, hinge_generator_loss
 from lgpt.training.losses import reconstruction_loss
@@ -55,7 +56,9 @@ def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
         over the sum of the bare parts, `ratio_engines_*` ours over the engines alone, medians over
         the rounds. `images_per_second` and `tokens_per_second` (of the latent grid) are our step's,
         and so is `peak_bytes`, the process's with weights, optimizer and pictures (on CUDA what is
-        allocated); None where the system does not tell.
+        allocated); None where the system does not tell. `flops_utilisation` is what our step does
+        a second, of what its convolutions and matrix products do alone; all that a step computes
+        counts, with `blocks.checkpointing` also what it computes twice.
     """
     device = start_process_group()
     if run.training.precision == "bf16":
@@ -83,6 +86,8 @@ def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
                 measured.append((done[0], done[1], done[2]))
                 advance(1)
     images, figures = run.batch.global_batch_images, _figures(measured)
+    with Products() as products:
+        bare.step()
     return {
         "run": run.name,
         "resolution": run.data.resolution,
@@ -94,7 +99,17 @@ def bench_vqvae_step(run: Phase2, *, rounds: int) -> dict[str, Any]:
         "images_per_second": images / figures["step_wall_seconds"],
         "tokens_per_second": images * task.tokens_per_image / figures["step_wall_seconds"],
         "peak_bytes": peak,
+        **_utilisation(products, figures["step_wall_seconds"], device),
         **figures,
+    }
+
+
+def _utilisation(products: Products, step_seconds: float, device: torch.device) -> dict[str, float]:
+    alone = products.seconds_alone(device)
+    return {
+        "step_flops": products.flops,
+        "product_flops_per_second": products.flops / alone,
+        "flops_utilisation": alone / step_seconds,
     }
 
 
@@ -304,11 +319,13 @@ def step_table(result: dict[str, Any]) -> Table:
     for name, key in (("sum", "ratio"), ("engines", "ratio_engines")):
         ratios = result[f"{key}_cpu"], result[f"{key}_wall"]
         table.add_row(f"step over {name}", *(f"{ratio:.3f}x" for ratio in ratios))
-    peak = result["peak_bytes"]
+    peak, rate = result["peak_bytes"], result["product_flops_per_second"] / 1e9
     table.caption = (
         f"our step: {result['images_per_second']:.2f} images/s, "
         f"{result['tokens_per_second']:.0f} tokens/s"
         + ("" if peak is None else f", peak {peak / 2**30:.2f} GiB")
+        + f", {result['flops_utilisation']:.0%} of the {rate:,.0f} GFLOP/s of its convolutions and "
+        + "products alone"
         + f"; medians of {result['rounds']} rounds, {result['threads']} thread(s)"
     )
     return table

@@ -52,6 +52,9 @@ def test_a_step_and_all_its_parts_are_measured():
     rate = result["images"] / result["step_wall_seconds"]
     assert result["images_per_second"] == pytest.approx(rate)
     assert result["tokens_per_second"] == pytest.approx(rate * (16 // 8) ** 2)
+    assert 0 < result["flops_utilisation"] < 1.5  # on a busy machine either may be slow
+    flops = result["flops_utilisation"] * result["product_flops_per_second"]
+    assert flops == pytest.approx(result["step_flops"] / result["step_wall_seconds"])
     assert "images/s" in str(step_table(result).caption)
     if os.access("/proc/self/clear_refs", os.W_OK):
         assert result["peak_bytes"] > 2**26
