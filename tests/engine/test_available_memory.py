@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lgpt.engine.available_memory import available_bytes
 
@@ -85,10 +84,7 @@ def test_a_system_that_tells_nothing_gets_none(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/meminfo")
-def test_here_a_tensor_takes_of_it_what_it_is_large():
-    before = available_bytes()
-    taken = torch.ones(2**28)  # 1 GiB
-    after = available_bytes()
-    assert before is not None
-    assert after is not None
-    assert before - after > taken.numel() * 4 / 2  # others on the machine give back and take
+def test_here_it_is_some_of_the_machines_memory():
+    available = available_bytes()
+    assert available is not None
+    assert 0 < available < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
