@@ -179,8 +179,8 @@ class LatentGPT(nn.Module):
         *,
         targets: Optional[Int[Tensor, "batch length"]] = None,
         null_text: Optional[Bool[Tensor, " batch"]] = None,
-        positions: Optional[Int[Tensor, " some"]] = None,
-    ) -> Union[Float[Tensor, "batch length codes"], Float[Tensor, ""]]:
+        positions: Optional[Int[Tensor, " wanted"]] = None,
+    ) -> Union[Float[Tensor, "batch wanted codes"], Float[Tensor, ""]]:
         """Logits [B, L, V] of every token, or with targets the mean cross-entropy in nats.
 
         Args:
