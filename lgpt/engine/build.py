@@ -11,8 +11,9 @@ from torch import nn
 
 from lgpt.core.distributed import rank, world_size
 from lgpt.engine.first_weights import make_first_weights
+from lgpt.engine.kept_gradients import keep_gradients
 from lgpt.engine.memory import keep_freed_memory
-from lgpt.engine.row_norms import take_norms_by_rows
+from lgpt.engine.row_norms import clip_if_need_be, take_norms_by_rows
 from lgpt.engine.start import Float32Products, load_deepspeed
 from lgpt.models.codebook import Codebook
 from lgpt.settings.training import OptimizerSettings
@@ -93,7 +94,10 @@ def build_engine(model: nn.Module, optimizer: OptimizerSettings, ds_config: dict
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw, config=config, dist_init_required=False
     )
+    if world_size() == 1:
+        keep_gradients(engine.optimizer)
     take_norms_by_rows(engine.optimizer, engine.device)
+    clip_if_need_be(engine.optimizer, engine.device)
     _forget_sums_of_skipped_steps(engine.optimizer)
     _keep_memory_from_the_first_step_on(adamw, engine.device)
     return engine

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-_OVERRIDDEN = (
+_FUNCTIONS = (
     "_build_compact_grad_partition_buffer",
     "_get_compact_grad_partition_buffer",
     "_add_to_grad_partition_buffer",
@@ -14,32 +14,29 @@ _OVERRIDDEN = (
 )
 
 
-def keep_gradients(optimizer: Any) -> bool:
+def keep_gradients(optimizer: Any) -> None:
     """Write a step's first gradients where the last step's were, on a rank that has no others.
 
     DeepSpeed (0.19.8, gradients in bf16 and their sums in float32) makes a vector of all gradients
     anew in every step, fills it with zeros and adds the first gradients to them: of 512M parameters
     2 GiB, which with a little bad luck are pages that the system must clear. The first gradient of
     each parameter is copied instead, and those after it are added as before: the sums are the same.
-
-    Returns:
-        False, and nothing done, for other optimizers.
+    Other optimizers stay as they are.
     """
-    if not all(hasattr(optimizer, name) for name in _OVERRIDDEN):
-        return False
-    if not optimizer.partition_gradients or optimizer.cpu_offload:
-        return False
-    _KeptGradients(optimizer)
-    return True
+    if not all(hasattr(optimizer, name) for name in _FUNCTIONS):
+        return
+    if optimizer.partition_gradients and not optimizer.cpu_offload:
+        _KeptGradients(optimizer)
 
 
 class _KeptGradients:
-    """Stands in for four functions of DeepSpeed's optimizer."""
+    """Its functions stand in for DeepSpeed's."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._build, self._epilogue = (getattr(optimizer, _OVERRIDDEN[i]) for i in (0, 3))
+        self._build = optimizer._build_compact_grad_partition_buffer
         self._add_to = optimizer._add_to_grad_partition_buffer
+        self._epilogue = optimizer.independent_gradient_partition_epilogue
         self._groups: dict[int, Any] = {}
         self._unwritten: dict[int, torch.Tensor] = {}  # by their addresses
         optimizer._get_compact_grad_partition_buffer = self.group

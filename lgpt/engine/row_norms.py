@@ -1,4 +1,4 @@
-"""What DeepSpeed asks of gradients before it clips them, by one look at each on a CPU."""
+"""What DeepSpeed asks of gradients and does to clip them, by one look at each on a CPU."""
 
 from __future__ import annotations
 
@@ -47,6 +47,25 @@ def take_norms_by_rows(optimizer: Any, device: Any) -> None:
     optimizer.get_grad_norm_direct = by_rows
     if has_inf_or_nan is not None:
         optimizer._has_inf_or_nan = is_broken
+
+
+def clip_if_need_be(optimizer: Any, device: Any) -> None:
+    """On a CPU, leave gradients as they are that need no clipping.
+
+    DeepSpeed (0.19.8, ZeRO-2 and 3) multiplies them by 1 then: all of them, in memory. On a GPU
+    that costs less than asking for the norm would.
+    """
+    clip = getattr(optimizer, "unscale_and_clip_grads", None)
+    if clip is None or device.type != "cpu":
+        return
+
+    def clip_large(gradients: Any, total_norm: Any) -> None:
+        # -1 stands for a norm that is not finite.
+        is_small = 0 <= float(total_norm) + 1e-6 <= optimizer.clip_grad
+        if not (is_small and optimizer.loss_scale == 1):
+            clip(gradients, total_norm)
+
+    optimizer.unscale_and_clip_grads = clip_large
 
 
 class _RowNorms:

@@ -55,6 +55,45 @@ def run_steps(
     return shares, seen
 
 
+class TwoWays(torch.nn.Module):
+    """One of two matrices, by choice: the other one gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = torch.nn.ModuleList(torch.nn.Linear(7, 7) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, way: int) -> torch.Tensor:
+        return self.ways[way](x).square().mean()
+
+
+def steps_in_turn(has_others: bool) -> dict[str, Any]:
+    """Weights after steps through one matrix and the other, broken ones too, and where sums are."""
+    build.world_size = (lambda: 2) if has_others else ONLY_RANK
+    ds_config: dict[str, Any] = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.05,
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 2},
+    }
+    torch.manual_seed(0)
+    engine = build.build_engine(TwoWays(), OptimizerSettings(learning_rate=0.1), ds_config)
+    places, norms = [], []
+    for ways in ((0, 0), (1, 1), (0, 1), (1, 0), (1, 1), (0, 0)):
+        for micro_step, way in enumerate(ways):
+            x = torch.randn(4, 7).bfloat16()
+            is_broken = len(norms) == 3 and micro_step == 0
+            engine.backward(engine(x * torch.inf if is_broken else x, way))
+            places.append(engine.optimizer.averaged_gradients[0].flat_partition.data_ptr())
+            engine.step()
+        norms.append(build.gradient_norm(engine))
+    weights = [parameter.detach().float().flatten() for parameter in engine.module.parameters()]
+    engine.destroy()
+    return {"norms": norms, "places": len(set(places)), "weights": torch.cat(weights).tolist()}
+
+
 def steps_after_a_broken_one(stage: int) -> dict[str, Any]:
     """Four steps in bf16 with the optimizer on the CPU, of which the second has no finite loss."""
     ds_config: dict[str, Any] = {
@@ -90,9 +129,10 @@ def main() -> None:
             "equal": [torch.equal(one, other) for one, other in zip(got, expected)],
             "norms": [float(norm) for norm in got[:STEPS]],
         }
+    in_turn = [steps_in_turn(has_others) for has_others in (False, True)]
     broken = {stage: steps_after_a_broken_one(stage) for stage in (1, 2, 3)}
     leave_process_group()
-    print(json.dumps({"scattering": results, "broken": broken}))
+    print(json.dumps({"scattering": results, "in_turn": in_turn, "broken": broken}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,14 @@ def test_a_rank_alone_shares_no_gradients_and_computes_the_same(one_rank):
         assert all(seen["equal"])
         assert len(set(seen["norms"])) == 3
         assert min(seen["norms"]) > 0.1  # they are clipped
+
+
+def test_gradients_that_stay_in_memory_are_those_of_this_step_alone(one_rank):
+    alone, among_others = one_rank["in_turn"]
+    assert alone["places"] == 1
+    assert [math.isinf(norm) for norm in alone["norms"]] == [False] * 3 + [True] + [False] * 2
+    assert alone["norms"] == among_others["norms"]
+    assert alone["weights"] == among_others["weights"]
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])

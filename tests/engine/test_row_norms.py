@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lgpt.engine import row_norms
-from lgpt.engine.row_norms import norms_of_rows, take_norms_by_rows
+from lgpt.engine.row_norms import clip_if_need_be, norms_of_rows, take_norms_by_rows
 from lgpt.engine.start import load_deepspeed
 
 
@@ -102,3 +103,29 @@ def test_a_gradient_is_looked_at_once_unless_it_was_written_since(monkeypatch) -
     del gradients[0]  # and what was kept of it
     flat[0] = 2.0
     assert float(optimizer.get_grad_norm_direct([flat], gradients)) == pytest.approx(120**0.5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "limit", "scale", "is_clipped"),
+    [
+        (0.9, 1.0, 1.0, False),
+        (1.1, 1.0, 1.0, True),
+        (0.9, 0.0, 1.0, True),  # 0: no limit; DeepSpeed knows what to do
+        (0.9, 1.0, 64.0, True),
+        (-1.0, 1.0, 1.0, True),  # not finite
+        (float("nan"), 1.0, 1.0, True),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_what_must_be_clipped_is_left_to_deepspeed(
+    norm: float, limit: float, scale: float, is_clipped: bool, device: str
+) -> None:
+    clipped: list[Any] = []
+    optimizer = SimpleNamespace(
+        clip_grad=limit,
+        loss_scale=scale,
+        unscale_and_clip_grads=lambda gradients, norm: clipped.append(gradients),
+    )
+    clip_if_need_be(optimizer, torch.device(device))
+    optimizer.unscale_and_clip_grads("gradients", torch.tensor(norm))
+    assert clipped == (["gradients"] if is_clipped or device != "cpu" else [])
