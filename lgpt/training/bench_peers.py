@@ -94,7 +94,11 @@ class LlamaGenTextToImage(nn.Module):
 
 
 class Gpt2WithCrossAttention(nn.Module):
-    """transformers' GPT2 that reads the text through its own cross-attention."""
+    """transformers' GPT2 that reads the text through its own cross-attention.
+
+    Without dropout of attention's weights, which neither of the others has: on a CPU PyTorch's
+    fused kernel knows none, and with it a step took 1.3 to 1.8 times as long.
+    """
 
     def __init__(self, config: LatentGPTConfig, inner: int) -> None:
         super().__init__()
@@ -110,6 +114,7 @@ class Gpt2WithCrossAttention(nn.Module):
                 n_head=config.heads,
                 n_inner=inner,
                 add_cross_attention=True,
+                attn_pdrop=0.0,
                 use_cache=False,
                 bos_token_id=None,
                 eos_token_id=None,
