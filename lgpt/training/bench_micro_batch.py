@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Optional
 
 from lgpt.core.errors import OutOfMemoryError
@@ -13,19 +14,18 @@ _CLOSE_ENOUGH = 8  # the answer is at most an eighth too small
 
 
 def largest_micro_batch(
-    peak_of: Callable[[int], int], limit_bytes: Optional[float], fixed_bytes: float
+    peak_of: Callable[[int], int], limit_bytes: Optional[float]
 ) -> tuple[int, list[dict[str, Any]]]:
     """1, 2, 4, ... until one does not fit, then halving between it and the last that did.
 
     Args:
         peak_of: Trains with a micro batch; the most bytes it took. Raises `OutOfMemoryError`.
-        limit_bytes: A size is not tried when it would take so much, on the line through the two
-            largest that ran; None tries until memory is full.
-        fixed_bytes: Of the peak, at least so many do not grow with the batch: all that is known of
-            the line after the first size.
+        limit_bytes: A size does not fit when it takes so much. From the third on it is not even
+            tried when it would, on the line through the last two that ran. None tries until memory
+            is full.
 
     Returns:
-        The largest, and every size that ran with its `peak_bytes`.
+        The largest, and every size that fits and ran with its `peak_bytes`.
 
     Raises:
         OutOfMemoryError: Not even one picture fits.
@@ -33,8 +33,8 @@ def largest_micro_batch(
     tried: list[dict[str, Any]] = []
 
     def fits(size: int) -> bool:
-        expected = _expected_bytes(tried, size, fixed_bytes)
-        if limit_bytes is not None and expected >= limit_bytes:
+        limit = math.inf if limit_bytes is None else limit_bytes
+        if (expected := _expected_bytes(tried, size)) >= limit:
             _log.info("micro batch %d: would take %.2f GiB", size, expected / _GIB)
             return False
         try:
@@ -42,8 +42,10 @@ def largest_micro_batch(
         except OutOfMemoryError:
             _log.info("micro batch %d: did not fit", size)
             return False
-        tried.append({"micro_batch": size, "peak_bytes": peak})
         _log.info("micro batch %d: %.2f GiB", size, peak / _GIB)
+        if peak >= limit:
+            return False
+        tried.append({"micro_batch": size, "peak_bytes": peak})
         return True
 
     too_large = 1
@@ -61,10 +63,9 @@ def largest_micro_batch(
     return fitting, tried
 
 
-def _expected_bytes(tried: list[dict[str, Any]], size: int, fixed_bytes: float) -> float:
-    """On the line through the last two sizes, or through the fixed bytes and the only one."""
-    if not tried:
+def _expected_bytes(tried: list[dict[str, Any]], size: int) -> float:
+    """On the line through the last two sizes; after a single one nothing is known of the next."""
+    if len(tried) < 2:
         return 0.0
-    points = [(0, fixed_bytes), *((one["micro_batch"], one["peak_bytes"]) for one in tried)]
-    (small, less), (large, more) = points[-2:]
+    (small, less), (large, more) = ((one["micro_batch"], one["peak_bytes"]) for one in tried[-2:])
     return float(more + (more - less) / (large - small) * (size - large))

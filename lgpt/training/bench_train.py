@@ -164,6 +164,8 @@ def _measured_in_turns(
                 try:
                     if what in seen:
                         seen[what].append(_measured({**task, "what": what}))
+                    if what == "lgpt":  # the peers' texts are as long as ours, which are read
+                        task = {**task, "words": round(statistics.median(seen[what][-1]["words"]))}
                 except OutOfMemoryError as error:
                     if what not in PEERS:
                         raise
@@ -239,7 +241,7 @@ def _largest_micro_batch(
 
     # Weights, gradients, masters and moments: 16 bytes a parameter in bf16 or float32, if ZeRO
     # shares all of them.
-    return largest_micro_batch(peak_of, limit, 16.0 * run_parameters(run) / base["ranks"])
+    return largest_micro_batch(peak_of, limit)
 
 
 def _free_bytes() -> Optional[float]:
