@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from PIL import Image
@@ -38,6 +39,7 @@ _BATCH_PICTURES = 32
 # A preview is drawn after every quarter of the rows.
 _PREVIEWS = 4
 
+Seeds = Any  # a whole number, or several: a list, a tuple, an array, a tensor
 Preview = Callable[[list[Image.Image]], Any]
 
 
@@ -152,7 +154,7 @@ class TextToImagePipeline:
         self,
         prompts: Union[str, Sequence[str]],
         guidance: Optional[float] = None,
-        seed: Union[int, Sequence[int]] = 0,
+        seed: Seeds = 0,
         temperature: Optional[float] = None,
         top_k: Optional[int] = None,
         top_p: Optional[float] = None,
@@ -221,7 +223,7 @@ class TextToImagePipeline:
     def unconditional(
         self,
         count: int,
-        seed: Union[int, Sequence[int]] = 0,
+        seed: Seeds = 0,
         temperature: Optional[float] = None,
         top_k: Optional[int] = None,
         top_p: Optional[float] = None,
@@ -325,16 +327,24 @@ class TextToImagePipeline:
         return to_pil(torch.cat(alone))
 
 
-def _one_a_picture(seed: Union[int, Sequence[int]], prompts: int, pictures: int) -> list[int]:
+def _one_a_picture(seed: Seeds, prompts: int, pictures: int) -> list[int]:
     """Of so many pictures of each prompt: counted up from one seed, or as they are."""
-    if not isinstance(seed, Sequence):
-        return [int(seed) + j for _ in range(prompts) for j in range(pictures)]
-    if len(seed) != prompts * pictures:
+    try:
+        seeds = np.asarray(seed)
+        if seeds.dtype.kind not in "iu" or seeds.ndim > 1:
+            raise ValueError(f"{seeds.dtype}, {seeds.ndim} axes")
+    except (ValueError, TypeError, RuntimeError) as error:
         raise SettingsError(
-            f"{len(seed)} seeds for {prompts * pictures} pictures: give one of each, or a single "
+            f"seed must be a whole number or several, got {seed!r} ({error})."
+        ) from None
+    if seeds.ndim == 0:
+        return [int(seeds) + j for _ in range(prompts) for j in range(pictures)]
+    if len(seeds) != prompts * pictures:
+        raise SettingsError(
+            f"{len(seeds)} seeds for {prompts * pictures} pictures: give one of each, or a single "
             "seed to count up from."
         )
-    return list(seed)
+    return [int(each) for each in seeds]
 
 
 def _encoded_alone(encoder: ClipTextEncoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +54,35 @@ def test_each_picture_can_have_a_seed_of_its_own(pipeline: TextToImagePipeline) 
     first, second = pipeline.unconditional(2, seed=[8, 2])
     assert _same(first, pipeline.unconditional(1, seed=8)[0])
     assert _same(second, pipeline.unconditional(1, seed=2)[0])
+    for several in ([np.int64(9), np.int64(3)], np.array([9, 3]), torch.tensor([9, 3])):
+        assert _same(pipeline("a red circle", images_per_prompt=2, seed=several)[1], pictures[1])
     with pytest.raises(SettingsError, match="3 seeds for 4 pictures"):
         pipeline(prompts, images_per_prompt=2, seed=[1, 2, 3])
+    for wrong in ("12", [1.5, 2.5], [True, False], [[1, 2]], [1, "b"]):
+        with pytest.raises(SettingsError, match="must be a whole number or several"):
+            pipeline(prompts, seed=wrong)
+
+
+def test_prompts_are_encoded_and_pictures_decoded_one_by_one(
+    pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a batch their last bits would depend on each other."""
+    encoded, decoded = [], []
+    encode, decode = pipeline.text_encoder.encode, pipeline.vqvae.decode
+
+    def noted_encode(prompts: list[str]) -> Any:
+        encoded.append(prompts)
+        return encode(prompts)
+
+    def noted_decode(tokens: torch.Tensor) -> torch.Tensor:
+        decoded.append(len(tokens))
+        return decode(tokens)
+
+    monkeypatch.setattr(pipeline.text_encoder, "encode", noted_encode)
+    monkeypatch.setattr(pipeline.vqvae, "decode", noted_decode)
+    pipeline(["a red circle", "a blue square"], images_per_prompt=3)
+    assert encoded == [["a red circle"], ["a blue square"]]
+    assert decoded == [1] * 6
 
 
 def test_more_pictures_than_one_batch_are_the_same_pictures(
