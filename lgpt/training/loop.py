@@ -266,7 +266,9 @@ class _Loop:
                 self.progress.validations_without_gain,
             )
         best_step = self.progress.best_validation_step
-        if self.is_finished() and best_step not in (0, self.progress.step):
+        is_kept = (self.run.run_folder / "checkpoints" / f"step_{best_step}").is_dir()
+        is_kept = is_kept and self.run.checkpoint.keep_best > 0
+        if self.is_finished() and is_kept and best_step != self.progress.step:
             _log.info(
                 "%s was lowest at step %d: %.4g, now %.4g. `lgpt convert %s OUT --tag best` takes "
                 "the checkpoint with the lowest.",

@@ -307,6 +307,14 @@ def test_without_early_stopping_a_rising_validation_loss_ends_nothing(tmp_path, 
     assert best == run.run_folder / "checkpoints" / "step_4"
 
 
+def test_a_best_step_that_was_not_saved_is_not_pointed_at(tmp_path, task, caplog):
+    run, task.validate = patient(tmp_path, [float(n) for n in range(10)], early_stopping=0)
+    often = run.checkpoint.model_copy(update={"every_steps": 30})
+    with caplog.at_level("INFO", "lgpt"):
+        assert go(run.model_copy(update={"checkpoint": often}), task).step == 40
+    assert "--tag best" not in caplog.text
+
+
 def test_a_run_whose_last_validation_is_its_best_points_at_no_other(tmp_path, task, caplog):
     run, task.validate = patient(tmp_path, [float(10 - n) for n in range(10)])
     with caplog.at_level("INFO", "lgpt"):
