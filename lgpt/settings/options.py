@@ -58,10 +58,10 @@ def options_of(run: RunSettings, wanted: Sequence[str] = ()) -> list[Option]:
         found = {o.name for o in options if o.name == name or o.name.startswith(f"{name}.")}
         found = found or {o.name for o in options if name in o.name}
         if not found:
-            sections = dict.fromkeys(o.name.split(".")[0] for o in options if "." in o.name)
+            first_names = dict.fromkeys(o.name.split(".")[0] for o in options)
             raise SettingsError(
-                f"no setting of phase {run.phase} has {name!r} in its name; the sections are "
-                f"{', '.join(sections)}."
+                f"no setting of phase {run.phase} has {name!r} in its name; there are "
+                f"{', '.join(first_names)}."
             )
         chosen |= found
     return [option for option in options if not wanted or option.name in chosen]
@@ -78,15 +78,22 @@ def _allowed(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is Annotated:
         limits = [each for part in inner[1:] for each in getattr(part, "metadata", [part])]
         return _allowed(inner[0], [*metadata, *limits])
-    if origin is tuple:
-        return f"list of: {_allowed(inner[0], [])}"
     bounds = [
-        f"{sign} {getattr(limit, name):g}"
+        f"{sign} {_number(getattr(limit, name))}"
         for limit in metadata
         for name, sign in _BOUNDS.items()
         if getattr(limit, name, None) is not None
     ]
+    patterns = [limit.pattern for limit in metadata if getattr(limit, "pattern", None)]
+    bounds += [f"that matches {pattern}" for pattern in patterns]
+    if origin is tuple:
+        is_filled = any(getattr(limit, "min_length", None) for limit in metadata)
+        return f"{'list with some' if is_filled else 'list'}: {_allowed(inner[0], [])}"
     return " ".join([_KINDS[annotation], ", ".join(bounds)]).strip()
+
+
+def _number(value: Union[int, float]) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def options_table(options: Sequence[Option], config: str) -> Table:

@@ -55,14 +55,22 @@ def test_choices_are_all_there_and_null_only_where_it_may_be() -> None:
     assert options["transformer.mlp_hidden"].allowed == "whole number >= 1, or null"
     assert options["transformer.dropout"].allowed == "number >= 0, < 1"
     assert options["latent_cache"].allowed == "path, or null"
-    assert options["sampling.prompts"].allowed == "list of: text"
+    assert options["sampling.prompts"].allowed == "list: text"
     assert options["sampling.guidance"].value == 4.0
+    assert options["seed"].allowed == f"whole number >= 0, <= {2**62}"
+    assert options["name"].allowed == "text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    vqvae = {o.name: o for o in options_of(_run("demo/phase2_openmoji_f8"))}
+    assert vqvae["vqvae.ch_mult"].allowed == "list with some: whole number"
 
 
 def test_sections_settings_and_parts_of_names_choose() -> None:
     run = _run("phase3_500m")
     assert {o.name.split(".")[0] for o in options_of(run, ["blocks"])} == {"blocks"}
     assert [o.name for o in options_of(run, ["data.crops"])] == ["data.crops"]
+    assert len(options_of(run, ["name"])) == 1, "a whole name, not a part of others"
     assert "transformer.dropout" in [o.name for o in options_of(run, ["seed", "dropout"])]
-    with pytest.raises(SettingsError, match=r"has 'foo' in its name; the sections are data, batch"):
+    with pytest.raises(
+        SettingsError,
+        match=r"has 'foo' in its name; there are name, runs_folder, .* blocks, sampling",
+    ):
         options_of(run, ["blocks", "foo"])
