@@ -120,7 +120,13 @@ class LatentCache:
                 "`lgpt prepare CONFIG`, which goes on where it was stopped, or leave latent_cache "
                 "out to encode on the fly."
             )
-        manifest = json.loads((folder / MANIFEST).read_text())
+        try:
+            manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{folder / MANIFEST} is damaged: {error}; make the cache again: rm -r {folder} && "
+                "lgpt prepare CONFIG"
+            ) from None
         if manifest.get("format") != FORMAT:
             raise DataError(
                 f"{folder} has cache format {manifest.get('format')}, this lgpt reads {FORMAT}; "

@@ -173,6 +173,13 @@ def test_a_file_cut_short_is_refused(whole: Path, tmp_path: Path):
         LatentCache.open(tmp_path / "train")
 
 
+@pytest.mark.parametrize("left", ["", '{"format": 1, "fi', "[1, 2]"])
+def test_a_damaged_manifest_is_refused(whole: Path, tmp_path: Path, left: str):
+    (shutil.copytree(whole, tmp_path / "train") / "manifest.json").write_text(left)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged: .*lgpt prepare"):
+        LatentCache.open(tmp_path / "train")
+
+
 def test_bfloat16_keeps_its_eight_bits_and_float16_refuses_what_it_cannot_hold(tmp_path: Path):
     def large(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         text, mask = encode_captions(captions)
