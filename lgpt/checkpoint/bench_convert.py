@@ -31,8 +31,8 @@ from lgpt.core.errors import CheckpointError, SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.data.progress import progress
 from lgpt.engine.build import parameter_groups
-from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
-from lgpt.planning.parameters import transformer_surroundings
+from lgpt.engine.planned_model import planned_config
+from lgpt.models.latent_gpt import LatentGPT
 from lgpt.settings.phases import Phase2, RunSettings, TransformerRun
 
 _MIB = 2**20
@@ -179,8 +179,7 @@ def _synthetic_checkpoint(
         ranks: How many ranks seem to have saved it.
         work: Where it is written: 14 bytes a parameter.
     """
-    codes, side, text_width = transformer_surroundings(run)
-    config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
+    config = planned_config(run)
     with torch.device("meta"):
         model = LatentGPT(config)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -24,9 +24,9 @@ from lgpt.core.errors import SettingsError
 from lgpt.data.progress import progress
 from lgpt.engine.clock import seconds_when_done
 from lgpt.engine.memory import forget_peak, peak_bytes
+from lgpt.engine.planned_model import planned_config
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
-from lgpt.planning.parameters import transformer_surroundings
 from lgpt.sampling.bench_peers import Gpt2Sampler, LlamaGenSampler
 from lgpt.sampling.generate import generate_tokens
 from lgpt.sampling.layout import fastest_dtype, lay_out_for_drawing
@@ -73,8 +73,7 @@ def bench_sample(
         SettingsError: The shape cannot be known from the settings, `tokens` do not fit, or there
             can be no 8-bit weights here.
     """
-    codes, side, text_width = transformer_surroundings(run)
-    config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
+    config = planned_config(run)
     has_text = config.text_width is not None
     words = words if has_text else 0
     tokens = tokens or config.num_tokens

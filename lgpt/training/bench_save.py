@@ -17,8 +17,8 @@ from lgpt.core.distributed import seed_everything
 from lgpt.core.errors import SettingsError
 from lgpt.data.progress import progress
 from lgpt.engine.clock import seconds_when_done
+from lgpt.engine.planned_model import planned_config
 from lgpt.models.latent_gpt import LatentGPTConfig
-from lgpt.planning.parameters import transformer_surroundings
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import TransformerRun
 from lgpt.settings.training import BatchSettings
@@ -48,8 +48,7 @@ def bench_save(
     """
     if work.exists():
         raise SettingsError(f"--work {work} exists; give a folder that may be made and removed.")
-    codes, side, text_width = transformer_surroundings(run)
-    config = LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
+    config = planned_config(run)
     trainer = _Trainer(run, config, words)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     stalls: list[float] = []

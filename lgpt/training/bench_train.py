@@ -21,9 +21,10 @@ from lgpt.core.errors import OutOfMemoryError, SettingsError
 from lgpt.core.logging import get_logger
 from lgpt.data.progress import progress
 from lgpt.engine.available_memory import available_bytes
+from lgpt.engine.planned_model import planned_config
 from lgpt.engine.start import device_of_this_rank, multiplies_bf16
 from lgpt.models.latent_gpt import LatentGPTConfig
-from lgpt.planning.parameters import run_parameters, transformer_surroundings
+from lgpt.planning.parameters import run_parameters
 from lgpt.settings.deepspeed import resolve_deepspeed_config
 from lgpt.settings.phases import TransformerRun
 from lgpt.settings.training import BatchSettings
@@ -78,7 +79,7 @@ def bench_train(
         SettingsError: The model's shape cannot be known, a measurement failed, or the peers would
             multiply in bf16 on a CPU that has no such products.
     """
-    config = _config_of(run)
+    config = planned_config(run)
     if with_peers and run.training.precision == "bf16":
         _refuse_slow_bf16()
     micro_batch, tried = run.batch.micro_batch_images, []
@@ -117,11 +118,6 @@ def bench_train(
         "ratios": {name: _ratios(seen, contestants, name, ranks) for name in seen if name in PEERS},
         "did_not_fit": [name for name in names if name not in seen],
     }
-
-
-def _config_of(run: TransformerRun) -> LatentGPTConfig:
-    codes, side, text_width = transformer_surroundings(run)
-    return LatentGPTConfig.from_settings(run.transformer, codes, (side, side), text_width)
 
 
 def _refuse_slow_bf16() -> None:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgpt.core.errors import OutOfMemoryError, SettingsError
+from lgpt.engine.planned_model import planned_config
 from lgpt.models.latent_gpt import LatentGPT, LatentGPTConfig
 from lgpt.settings.run import load_run_settings
 from lgpt.training import bench_train as bench
@@ -143,7 +144,7 @@ def test_a_peer_that_does_not_fit_costs_the_others_nothing(
     arguments: dict[str, Any] = {"steps": 1, "rounds": 3, "words": 5, "memory_gib": None}
     result = bench.bench_train(run, with_peers=True, find_micro_batch=False, **arguments)
     assert started.count("gpt2") == 1
-    assert result["model_flops"] == bench.model_flops(bench._config_of(run), 2, 7)
+    assert result["model_flops"] == bench.model_flops(planned_config(run), 2, 7)
     assert started.count("llamagen") == started.count("lgpt") == 3
     assert result["did_not_fit"] == ["gpt2"]
     assert result["data_share"] == 0.25
@@ -174,7 +175,7 @@ def test_products_run_on_as_many_ranks_at_once_as_ours(
     arguments.update(with_peers=True, find_micro_batch=False)
     result = bench.bench_train(run, ranks=2, **arguments)
     assert seen == {("lgpt", 2), ("products", 2), ("llamagen", 1), ("gpt2", 1)}
-    config = bench._config_of(run)
+    config = planned_config(run)
     # The mean of 1 and 3 seconds; a step takes 4.
     assert result["product_flops_per_second"] == bench._product_flops(config, 2) / 2
     model_rate = bench.model_flops(config, 2, 5) / 4
