@@ -235,8 +235,6 @@ def _largest_micro_batch(
     def peak_of(size: int) -> int:
         return int(_measured(_task(run, base, size, 1))["peak_bytes"])
 
-    # Weights, gradients, masters and moments: 16 bytes a parameter in bf16 or float32, if ZeRO
-    # shares all of them.
     return largest_micro_batch(peak_of, limit)
 
 
