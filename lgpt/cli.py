@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
@@ -316,10 +317,11 @@ def config_options(
 
     lgpt config options phase3_500m transformer blocks
     """
-    from lgpt.settings.options import as_json_list, options_of, options_table
+    from lgpt.settings.options import options_of, options_table
 
     options = options_of(load_run(config, None, ranks=1), wanted or [])
-    print_table(options_table(options, config), {"settings": as_json_list(options)}, as_json)
+    result = {"settings": [asdict(option) for option in options]}
+    print_table(options_table(options, config), result, as_json)
 
 
 @config_app.command("validate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -24,7 +24,7 @@ class Option:
 
     Attributes:
         name: `section.key`, as on a command line.
-        value: In the run config at hand.
+        value: In the run config at hand, a JSON value.
         allowed: What it may be.
         description: What it does.
     """
@@ -46,11 +46,11 @@ def options_of(run: RunSettings, wanted: Sequence[str] = ()) -> list[Option]:
     Raises:
         SettingsError: One of the wanted names is in no setting.
     """
-    options = []
+    options, values = [], run.model_dump(mode="json")
     for path, field in fields_of(type(run)):
-        value: Any = run
+        value: Any = values
         for key in path:
-            value = getattr(value, key)
+            value = value[key]
         allowed = _allowed(field.annotation, field.metadata)
         options.append(Option(dotted(path), value, allowed, field.description or ""))
     chosen: set[str] = set()
@@ -107,17 +107,6 @@ def options_table(options: Sequence[Option], config: str) -> Table:
         if section not in (None, here):
             table.add_section()
         section = here
-        texts = (option.name, shown(_plain(option.value)), option.allowed, option.description)
+        texts = (option.name, shown(option.value), option.allowed, option.description)
         table.add_row(*(Text(text) for text in texts))
     return table
-
-
-def as_json_list(options: Sequence[Option]) -> list[dict[str, Any]]:
-    """The same as JSON values."""
-    return [{**asdict(option), "value": _plain(option.value)} for option in options]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
