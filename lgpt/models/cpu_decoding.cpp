@@ -346,9 +346,13 @@ class Lines {
         if (tile > 0) moved.mask_ = -1;
         return moved;
     }
-    // When line i of tile t is multiplied.
+    // When line i of tile t is multiplied. Where that is a branch GCC makes two loops of the one,
+    // which is faster with few rows, and slower where their sums fill the registers.
+    template <bool IS_BRANCH>
     ALWAYS_INLINE void ask(int64_t i, int t) const {
-        ask_for((i < turn_ ? here_ : next_) + i * line_bytes_ + t * tile_bytes_);
+        const uintptr_t jump = (next_ - here_) & -static_cast<uintptr_t>(i >= turn_);
+        const uintptr_t tile = IS_BRANCH ? (i < turn_ ? here_ : next_) : here_ + jump;
+        ask_for(tile + i * line_bytes_ + t * tile_bytes_);
         if (t == 0 && (i & mask_) == 0) ask_for(part_ + (i >> shift_) * line_bytes_);
     }
 
@@ -367,7 +371,9 @@ inline void rows_times_tiles(const LgptMatrix& m, int64_t tile, const typename F
     float out[TILES][ROWS][TILE];
     const int64_t lines = m.inputs / WIDTH;
     const auto* words = static_cast<const typename Format::Word*>(m.tiles) + tile * TILE * lines;
-    const auto ahead = [&](int64_t i, int t) __attribute__((always_inline)) { reading.ask(i, t); };
+    const auto ahead = [&](int64_t i, int t) __attribute__((always_inline)) {
+        reading.ask<!IS_PACKED>(i, t);
+    };
     products<Format, ROWS, TILES>(words, lines, TILE, lines * TILE, x,
                                   IS_PACKED ? ROWS * WIDTH : WIDTH, IS_PACKED ? WIDTH : m.inputs,
                                   ahead, out);
