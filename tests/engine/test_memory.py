@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lgpt.engine.memory import forget_peak, keep_freed_memory, peak_bytes
+from lgpt.engine.memory import Holes, forget_peak, keep_freed_memory, peak_bytes
 
 _FAULTS_OF_LATER_STEPS = """
 import resource, statistics, sys
@@ -92,6 +94,19 @@ def test_holes_of_640_mib_are_given_back_where_400_are_the_most() -> None:
 def test_what_stays_is_not_tried_again_and_again() -> None:
     """Another library's 500 MiB look like holes: 300 may be, 450 and 675 after three times each."""
     assert _lines_of(_NO_HOLES) == [f"{6 * [True] + 2 * [False]} 6"]
+
+
+@needs_mallinfo2
+def test_what_comes_back_at_every_second_look_is_allowed_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block of 0.6 GiB has it twice, in turn, where its tensors miss the holes of its equals."""
+    mebibytes = itertools.cycle([1200, 600])
+    monkeypatch.setattr("lgpt.engine.memory.resident_bytes", lambda: (0, next(mebibytes) << 20))
+    holes = Holes(1 << 30)
+    monkeypatch.setattr(holes, "_mallinfo2", lambda: SimpleNamespace(uordblks=0, hblkhd=0))
+    monkeypatch.setattr(holes, "_trim", lambda pad: 1)
+    assert [holes.give_back() for _ in range(20)] == 4 * [True, False] + 12 * [False]
 
 
 def _lines_of(program: str, *words: str) -> list[str]:
